@@ -1,0 +1,685 @@
+"""Mimi, the codec of Moshi: 24 kHz sound <-> 12.5 frames a second of a few small integers, in one file.
+
+    sound [B, 1, T] -> SEANet encoder (convolutions, 25 Hz) -> transformer -> downsample (12.5 Hz) -> latent [B, D, F]
+    latent -> split residual vector quantizer -> codes [B, K, F], and all the way back.
+
+What is notable:
+- everything is causal: a frame of 80 ms goes in, its codes come out, nothing waits for the future;
+- the first codebook is semantic (trained to follow a speech recogniser's features), the others are acoustic;
+- one way to stream: `init_state(module, batch)` makes the memory of every module inside, `forward(x, state)` reads
+  and updates it in place, and `state=None` is the whole sequence at once. Both give the same numbers.
+
+The model is described in "Moshi: a speech-text foundation model for real-time dialogue" (Défossez et al. 2024,
+arXiv:2410.00037, section 3.3), the reference implementation is `moshi.models.compression.MimiModel`.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import safetensors
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+# ------------------------------------------------------------------------------------------------ configuration
+
+
+def is_size(value) -> bool:
+    """True for a positive int (True itself isn't one)."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def check_sizes(config, may_be_zero: tuple[str, ...] = ()) -> None:
+    """ValueError unless every int and float field of a config dataclass holds a positive number of that kind."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        good = is_size(value) or (field.name in may_be_zero and type(value) is int and value == 0)
+        if field.type == "float":
+            good = good or isinstance(value, float) and 0 < value < math.inf
+        if field.type in ("int", "float") and not good:
+            raise ValueError(f"config: {field.name} cannot be {value!r}, it must be a positive number")
+
+
+def read_keys(given: dict, table: dict[str, tuple], what: str) -> dict:
+    """Our fields from official keys. `table`: key -> (our field, or a list of all values known here, or ... for any;
+    the official default, None where there is none). Keys of one field must agree. ValueError names what is wrong."""
+    for key in given.keys() - table.keys():
+        raise ValueError(f"{what}: unknown key {key!r}")
+    fields: dict = {}
+    for key, (field, default) in table.items():
+        value = given.get(key, default)
+        if isinstance(field, list):
+            if value not in field:
+                raise ValueError(f"{what}: {key} is {value!r}, but only {field[0]!r} is known here")
+        elif isinstance(field, str):
+            if value is None:
+                raise ValueError(f"{what}: {key} is missing")
+            if fields.setdefault(field, value) != value:
+                raise ValueError(f"{what}: {key} is {value!r} beside {fields[field]!r}, they must be equal")
+    return fields
+
+
+@dataclasses.dataclass
+class MimiConfig:
+    """The sizes of a Mimi; the defaults are the released one's. Impossible values raise ValueError."""
+
+    sample_rate: int = 24000  # samples a second
+    frame_rate: float = 12.5  # frames of codes a second
+    filters: int = 64  # channels of the first convolution, doubled at each stride
+    ratios: tuple[int, ...] = (8, 6, 5, 4)  # strides, in the decoder's order; their product is 960 samples, 25 Hz
+    kernel_size: int = 7  # of the first convolution
+    residual_kernel_size: int = 3
+    last_kernel_size: int = 3
+    latent_dim: int = 512  # D, also the width of both transformers
+    num_layers: int = 8  # of each transformer
+    num_heads: int = 8
+    feedforward_dim: int = 2048
+    context: int = 250  # sliding window of attention: positions of 25 Hz, so 10 s
+    max_period: float = 10000.0  # of the rotary embedding
+    total_codebooks: int = 32  # 1 semantic + 31 acoustic
+    codebook_size: int = 2048
+    codebook_dim: int = 256
+
+    def __post_init__(self):
+        check_sizes(self)
+        if not (isinstance(self.ratios, (list, tuple)) and self.ratios and min(map(is_size, self.ratios))):
+            raise ValueError(f"Mimi config: ratios must be a list of strides, not {self.ratios!r}")
+        self.ratios = tuple(self.ratios)
+        if self.latent_dim % (2 * self.num_heads):
+            raise ValueError(f"Mimi config: {self.num_heads} heads cannot share latent_dim {self.latent_dim} evenly")
+        if self.total_codebooks < 2 or self.filters % 2:
+            raise ValueError("Mimi config: it takes 2 codebooks or more, and an even number of filters")
+        if self.stride < 2 or self.stride * self.hop_size * self.frame_rate != self.sample_rate:
+            raise ValueError(f"Mimi config: a frame_rate of {self.frame_rate} does not fit ratios {self.ratios}")
+
+    @property
+    def frame_size(self) -> int:
+        """Samples in a frame: 1920."""
+        return int(self.sample_rate / self.frame_rate)
+
+    @property
+    def hop_size(self) -> int:
+        """Samples that SEANet turns into one vector: 960."""
+        return math.prod(self.ratios)
+
+    @property
+    def stride(self) -> int:
+        """Positions of the transformers in a frame: 2 (25 Hz against 12.5 Hz)."""
+        return self.frame_size // self.hop_size
+
+    @classmethod
+    def from_dict(cls, official: dict) -> MimiConfig:
+        """Reads the official JSON (`seanet`, `quantizer`, `transformer`); unknown keys and values raise ValueError."""
+        flat = {}
+        for key, value in official.items():
+            flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
+        widths = flat.get("transformer.output_dimensions")
+        if isinstance(widths, (list, tuple)) and len(widths) == 1:
+            flat["transformer.output_dimensions"] = widths[0]
+        return cls(**read_keys(flat, _MIMI_KEYS, "Mimi config"))
+
+
+# For `read_keys`: all that the official JSON may say, and what is known of it.
+_MIMI_KEYS: dict[str, tuple] = {
+    "sample_rate": ("sample_rate", None), "frame_rate": ("frame_rate", None), "channels": ([1], 1),
+    "seanet.channels": ([1], 1), "seanet.dimension": ("latent_dim", 128), "seanet.n_filters": ("filters", 32),
+    "seanet.n_residual_layers": ([1], 3), "seanet.ratios": ("ratios", [8, 5, 4, 2]),
+    "seanet.activation": (["ELU"], "ELU"), "seanet.activation_params": ([{"alpha": 1.0}], {"alpha": 1.0}),
+    "seanet.norm": (["none"], "none"), "seanet.kernel_size": ("kernel_size", 7),
+    "seanet.last_kernel_size": ("last_kernel_size", 7), "seanet.residual_kernel_size": ("residual_kernel_size", 3),
+    "seanet.dilation_base": ([2], 2), "seanet.causal": ([True], False), "seanet.pad_mode": (["constant"], "reflect"),
+    "seanet.true_skip": ([True], True), "seanet.compress": ([2], 2), "seanet.disable_norm_outer_blocks": ([0], 0),
+    "quantizer.dimension": ("codebook_dim", 128), "quantizer.input_dimension": ("latent_dim", None),
+    "quantizer.output_dimension": ("latent_dim", None), "quantizer.n_q": ("total_codebooks", 8),
+    "quantizer.n_q_semantic": ([1], 1), "quantizer.bins": ("codebook_size", 1024),
+    "transformer.d_model": ("latent_dim", None), "transformer.input_dimension": ("latent_dim", None),
+    "transformer.output_dimensions": ("latent_dim", None), "transformer.num_heads": ("num_heads", None),
+    "transformer.num_layers": ("num_layers", None), "transformer.dim_feedforward": ("feedforward_dim", 2048),
+    "transformer.causal": ([True], False), "transformer.context": ("context", None),
+    "transformer.layer_scale": ([0.01], None), "transformer.conv_layout": ([True], False),
+    "transformer.positional_embedding": (["rope"], "sin"), "transformer.max_period": ("max_period", 10000),
+    "transformer.gating": (["none"], "none"), "transformer.norm": (["layer_norm"], "layer_norm"),
+}
+
+# ---------------------------------------------------------------------------------------------------- streaming
+
+
+def init_state(module: nn.Module, batch_size: int) -> dict:
+    """The empty memory of every module inside `module` that has one: {module: {name: tensor}}.
+
+    Pass it as `state` to stream. Each call updates the tensors in place, so that a captured CUDA graph can replay it.
+    """
+    return {part: part.new_memory(batch_size) for part in module.modules() if hasattr(part, "new_memory")}
+
+
+class CausalConv1d(nn.Conv1d):
+    """A convolution that sees only the past: kernel - stride samples of padding on the left, none on the right.
+
+    The padding is zeros or, with `repeat_first`, the first input. While streaming it is the end of the last chunk.
+    [B, C_in, T] -> [B, C_out, T / stride], T a multiple of the stride.
+    """
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, bias: bool = True, repeat_first=False):
+        super().__init__(c_in, c_out, kernel, stride, bias=bias)
+        self.padding_left = kernel - stride
+        self.repeat_first = repeat_first
+
+    def new_memory(self, batch_size: int) -> dict:
+        """What the next chunk needs of this one: its last `kernel - stride` inputs."""
+        past = self.weight.new_zeros(batch_size, self.in_channels, self.padding_left)
+        return {"past": past, "started": torch.zeros((), dtype=torch.bool, device=past.device)}
+
+    def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
+        if self.padding_left:
+            past = x.new_zeros(()) if state is None else state[self]["past"]
+            if self.repeat_first:
+                past = x[..., :1] if state is None else torch.where(state[self]["started"], past, x[..., :1])
+            x = torch.cat([past.expand(len(x), self.in_channels, self.padding_left), x], dim=-1)
+            if state is not None:
+                state[self]["past"].copy_(x[..., -self.padding_left:])
+                state[self]["started"].fill_(True)
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        if state is None or x.shape[-1] > 2048 * stride:
+            return super().forward(x)
+        # For the few positions of a frame one matrix product is faster than the convolution kernels.
+        rows = x.unfold(-1, kernel, stride).transpose(1, 2).flatten(2)  # [B, T / stride, C_in * kernel]
+        return F.linear(rows, self.weight.flatten(1), self.bias).transpose(1, 2)
+
+
+class CausalConvTranspose1d(nn.ConvTranspose1d):
+    """Upsampling by `stride` with a kernel of 2 * stride, the last `stride` outputs left to the next input.
+
+    Each input makes 2 * stride outputs: the first half lands beside the second half of the input before it. So it is
+    a matrix product and an overlap-add, and all there is to remember is one second half.
+    [B, C_in, T] -> [B, C_out, T * stride]. `depthwise`: each channel by itself.
+    """
+
+    def __init__(self, c_in: int, c_out: int, stride: int, bias: bool = True, depthwise: bool = False):
+        super().__init__(c_in, c_out, 2 * stride, stride, bias=bias, groups=c_in if depthwise else 1)
+
+    def new_memory(self, batch_size: int) -> dict:
+        """The second half that the last input left over, without the bias."""
+        return {"tail": self.weight.new_zeros(batch_size, 1, self.out_channels, self.stride[0])}
+
+    def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
+        if state is None:
+            return super().forward(x)[..., :-self.stride[0]]
+        x = x.transpose(1, 2)
+        # [B, T, C_out * 2 * stride]: what each input makes of both halves
+        parts = x[..., None] * self.weight[:, 0] if self.groups > 1 else x @ self.weight.flatten(1)
+        now, later = parts.view(*x.shape[:2], self.out_channels, 2, self.stride[0]).unbind(3)  # [B, T, C_out, stride]
+        y = now + torch.cat([state[self]["tail"], later[:, :-1]], dim=1)
+        state[self]["tail"].copy_(later[:, -1:])
+        y = y.transpose(1, 2).flatten(2)  # [B, C_out, T * stride]
+        return y if self.bias is None else y + self.bias[:, None]
+
+
+# ------------------------------------------------------------------------------------------------------- SEANet
+
+
+class ResidualBlock(nn.Module):
+    """SEANet's residual block: x + conv1(ELU(conv3(ELU(x)))), with half the channels inside. [B, C, T] -> the same."""
+
+    def __init__(self, channels: int, kernel: int):
+        super().__init__()
+        self.conv1 = CausalConv1d(channels, channels // 2, kernel)
+        self.conv2 = CausalConv1d(channels // 2, channels, 1)
+
+    def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
+        return x + self.conv2(F.elu(self.conv1(F.elu(x), state)), state)
+
+
+class Encoder(nn.Module):
+    """SEANet's encoder (Tagliasacchi et al. 2020, as in EnCodec): sound [B, 1, T] -> [B, D, T / 960]."""
+
+    def __init__(self, config: MimiConfig):
+        super().__init__()
+        ratios = config.ratios[::-1]
+        widths = [config.filters * 2**i for i in range(len(ratios) + 1)]
+        self.first = CausalConv1d(1, widths[0], config.kernel_size)
+        self.residuals = nn.ModuleList(ResidualBlock(width, config.residual_kernel_size) for width in widths[:-1])
+        self.downs = nn.ModuleList(
+            CausalConv1d(width, 2 * width, 2 * ratio, ratio) for width, ratio in zip(widths, ratios))
+        self.last = CausalConv1d(widths[-1], config.latent_dim, config.last_kernel_size)
+
+    def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
+        x = self.first(x, state)
+        for residual, down in zip(self.residuals, self.downs):
+            x = down(F.elu(residual(x, state)), state)
+        return self.last(F.elu(x), state)
+
+
+class Decoder(nn.Module):
+    """SEANet's decoder, the encoder in the mirror: [B, D, T] -> sound [B, 1, T * 960]."""
+
+    def __init__(self, config: MimiConfig):
+        super().__init__()
+        widths = [config.filters * 2**i for i in range(len(config.ratios), -1, -1)]
+        self.first = CausalConv1d(config.latent_dim, widths[0], config.kernel_size)
+        self.ups = nn.ModuleList(
+            CausalConvTranspose1d(width, width // 2, ratio) for width, ratio in zip(widths, config.ratios))
+        self.residuals = nn.ModuleList(ResidualBlock(width, config.residual_kernel_size) for width in widths[1:])
+        self.last = CausalConv1d(widths[-1], 1, config.last_kernel_size)
+
+    def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
+        x = self.first(x, state)
+        for up, residual in zip(self.ups, self.residuals):
+            x = residual(up(F.elu(x), state), state)
+        return self.last(F.elu(x), state)
+
+
+# -------------------------------------------------------------------------------------------------- transformer
+
+
+def rotation(positions: Tensor, head_dim: int, max_period: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, head_dim / 2], in float32, of the angles by which `rope` turns each pair of a head."""
+    pairs = torch.arange(head_dim // 2, device=positions.device, dtype=torch.float32)
+    frequencies = torch.exp(pairs * (-math.log(max_period) * 2 / head_dim))
+    angles = positions.float()[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021) of queries or keys x [B, H, T, head_dim], computed in float32.
+
+    Neighbours (x0, x1), (x2, x3), ... are the pairs, as in the released weights; others pair the two halves.
+    """
+    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def causal_mask(query_positions: Tensor, key_positions: Tensor, context: int) -> Tensor:
+    """[T, S], True where the query may see the key: itself and the context - 1 before it. Keys below 0 are empty."""
+    age = query_positions[:, None] - key_positions
+    return (age >= 0) & (age < context) & (key_positions >= 0)
+
+
+class Window(NamedTuple):
+    """What the layers of a transformer share in one call: where the inputs stand and what they may see."""
+
+    cos: Tensor  # [T, head_dim / 2]
+    sin: Tensor
+    mask: Tensor  # [T, S], S keys
+    slots: Tensor | None  # [T], where the ring stores these keys and values; None: no ring, the sequence is whole
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary positions, grouped queries and a sliding window. [B, T, D] -> [B, T, D].
+
+    While streaming, keys and values lie in a ring: position p in slot p % ring_size, the oldest overwritten.
+    Query head h uses the key and value head h // (num_heads // num_kv_heads).
+    """
+
+    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, ring_size: int):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.ring_size = num_heads, num_kv_heads, ring_size
+        self.head_dim = dim // num_heads
+        self.in_proj = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False)  # q, k, v stacked
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+
+    def new_memory(self, batch_size: int) -> dict:
+        """The ring of keys and values."""
+        shape = batch_size, self.num_kv_heads, self.ring_size, self.head_dim
+        return {"keys": self.in_proj.weight.new_zeros(shape), "values": self.in_proj.weight.new_zeros(shape)}
+
+    def forward(self, x: Tensor, window: Window, state: dict | None = None) -> Tensor:
+        heads = self.in_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2 KV, T, head_dim]
+        qk, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        q, k = rope(qk, window.cos, window.sin).split([self.num_heads, self.num_kv_heads], dim=1)
+        if state is not None:
+            keys, values = state[self]["keys"], state[self]["values"]
+            keys.index_copy_(2, window.slots, k)
+            values.index_copy_(2, window.slots, v)
+            filled = window.mask.shape[-1]
+            k, v = keys[:, :, :filled], values[:, :, :filled]
+        grouped = self.num_kv_heads != self.num_heads
+        y = F.scaled_dot_product_attention(q, k, v, window.mask, enable_gqa=grouped)
+        return self.out_proj(y.transpose(1, 2).flatten(2))
+
+
+class LayerScale(nn.Module):
+    """A learnt factor for each channel of a residual update (Touvron et al. 2021), small at first."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((dim,), 0.01))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x
+
+
+class FeedForward(nn.Module):
+    """Mimi's feed-forward: linear, GELU (the exact one), linear, no biases."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.linear1 = nn.Linear(dim, hidden, bias=False)
+        self.linear2 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear2(F.gelu(self.linear1(x)))
+
+
+class TransformerLayer(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), each update scaled. [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, attention: nn.Module, feed_forward: nn.Module, norms: list, scales: list):
+        super().__init__()
+        self.norm1, self.attention, self.scale1 = norms[0], attention, scales[0]
+        self.norm2, self.feed_forward, self.scale2 = norms[1], feed_forward, scales[1]
+
+    def forward(self, x: Tensor, window: Window, state: dict | None = None) -> Tensor:
+        x = x + self.scale1(self.attention(self.norm1(x), window, state))
+        return x + self.scale2(self.feed_forward(self.norm2(x)))
+
+
+class Transformer(nn.Module):
+    """Both of Mimi's transformers, and Helium: causal layers with a sliding window. [B, T, D] -> [B, T, D].
+
+    `feed_forward`, `norm` and `scale` make those parts of a layer, given the width. While streaming, at most `step`
+    positions are written at a time: their ring has `step - 1` slots more than the window, so that the oldest query
+    of a step still finds its whole window. A longer chunk goes through in steps.
+    """
+
+    def __init__(self, dim: int, num_layers: int, num_heads: int, num_kv_heads: int, context: int, max_period: float,
+                 feed_forward: Callable, norm: Callable, scale: Callable, step: int = 1):
+        super().__init__()
+        self.context, self.max_period, self.step = context, max_period, step
+        self.head_dim = dim // num_heads
+        self.ring_size = context + step - 1
+        self.layers = nn.ModuleList(
+            TransformerLayer(Attention(dim, num_heads, num_kv_heads, self.ring_size), feed_forward(dim),
+                             [norm(dim), norm(dim)], [scale(dim), scale(dim)]) for _ in range(num_layers))
+
+    def new_memory(self, batch_size: int) -> dict:
+        """The position of the next input, a tensor: a captured graph can't hold a Python number that changes."""
+        return {"position": torch.zeros(1, dtype=torch.long, device=self.layers[0].attention.in_proj.weight.device)}
+
+    def window(self, x: Tensor, state: dict | None) -> Window:
+        """Where x stands and what it may see; while streaming, moves the position on."""
+        length, slots = x.shape[1], None
+        positions = key_positions = torch.arange(length, device=x.device)
+        if state is not None:
+            position = state[self]["position"]
+            positions = positions + position
+            slots = positions % self.ring_size
+            last = position + length - 1
+            # On the CPU only the filled slots are read. A graph needs fixed shapes, and reading a length is a sync.
+            filled = min(int(last) + 1, self.ring_size) if x.device.type == "cpu" else self.ring_size
+            ring = torch.arange(filled, device=x.device)
+            key_positions = last - (last - ring) % self.ring_size  # the newest position that fell into each slot
+            position += length
+        mask = causal_mask(positions, key_positions, self.context)
+        return Window(*rotation(positions, self.head_dim, self.max_period), mask, slots)
+
+    def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
+        if state is not None and x.shape[1] > self.step:
+            return torch.cat([self(chunk, state) for chunk in x.split(self.step, dim=1)], dim=1)
+        window = self.window(x, state)
+        for layer in self.layers:
+            x = layer(x, window, state)
+        return x
+
+
+# --------------------------------------------------------------------------------------------------- quantizers
+
+
+class Codebook(nn.Module):
+    """`codebook_size` vectors (centroids), stored as training keeps them: a moving sum and a moving count of each."""
+
+    def __init__(self, size: int, dim: int):
+        super().__init__()
+        self.register_buffer("embedding_sum", torch.randn(size, dim))
+        self.register_buffer("cluster_usage", torch.ones(size))
+        self.register_buffer("initialized", torch.ones(1))  # in the file format: k-means has run
+
+    @property
+    def centroids(self) -> Tensor:
+        """[size, dim]: sum / count."""
+        return self.embedding_sum / self.cluster_usage.clamp(min=1e-5)[:, None]
+
+    def new_memory(self, batch_size: int) -> dict:
+        """Nothing changes while streaming, so the centroids and half their squared lengths are computed once."""
+        centroids = self.centroids
+        return {"centroids": centroids, "half_squares": centroids.pow(2).sum(1) / 2}
+
+    def encode(self, x: Tensor, state: dict | None = None) -> Tensor:
+        """x [B, F, dim] -> the index of the nearest centroid [B, F].
+
+        |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2), so the nearest c has the largest bracket: one matrix product.
+        """
+        memory = self.new_memory(len(x)) if state is None else state[self]
+        return (x @ memory["centroids"].T - memory["half_squares"]).argmax(dim=-1)
+
+    def decode(self, codes: Tensor, state: dict | None = None) -> Tensor:
+        """codes [B, F] -> centroids [B, F, dim]."""
+        return F.embedding(codes, self.centroids if state is None else state[self]["centroids"])
+
+
+class ResidualQuantizer(nn.Module):
+    """Codebooks in a row, each quantizing what those before it left over, between two projections."""
+
+    def __init__(self, config: MimiConfig, num_codebooks: int):
+        super().__init__()
+        self.input_proj = CausalConv1d(config.latent_dim, config.codebook_dim, 1, bias=False)
+        self.output_proj = CausalConv1d(config.codebook_dim, config.latent_dim, 1, bias=False)
+        self.codebooks = nn.ModuleList(
+            Codebook(config.codebook_size, config.codebook_dim) for _ in range(num_codebooks))
+
+    def encode(self, z: Tensor, num_codebooks: int, state: dict | None = None) -> Tensor:
+        """z [B, D, F] -> codes [B, num_codebooks, F]."""
+        residual = self.input_proj(z, state).transpose(1, 2)
+        codes = []
+        for _, codebook in zip(range(num_codebooks), self.codebooks):
+            codes.append(codebook.encode(residual, state))
+            residual = residual - codebook.decode(codes[-1], state)
+        return torch.stack(codes, dim=1)
+
+    def decode(self, codes: Tensor, state: dict | None = None) -> Tensor:
+        """codes [B, K, F], any K up to all codebooks -> z [B, D, F]."""
+        total = sum(codebook.decode(code, state) for codebook, code in zip(self.codebooks, codes.unbind(1)))
+        return self.output_proj(total.transpose(1, 2), state)
+
+
+class SplitQuantizer(nn.Module):
+    """One semantic codebook beside a row of acoustic ones. Both quantize the latent itself, and their results add."""
+
+    def __init__(self, config: MimiConfig):
+        super().__init__()
+        self.num_codebooks = config.total_codebooks  # in use, from 1 to all; set through Mimi.num_codebooks
+        self.semantic = ResidualQuantizer(config, 1)
+        self.acoustic = ResidualQuantizer(config, config.total_codebooks - 1)
+
+    def encode(self, z: Tensor, state: dict | None = None) -> Tensor:
+        """z [B, D, F] -> codes [B, K, F], K = num_codebooks."""
+        codes = self.semantic.encode(z, 1, state)
+        if self.num_codebooks > 1:
+            codes = torch.cat([codes, self.acoustic.encode(z, self.num_codebooks - 1, state)], dim=1)
+        return codes
+
+    def decode(self, codes: Tensor, state: dict | None = None) -> Tensor:
+        """codes [B, K, F], K from 1 to all -> z [B, D, F]."""
+        z = self.semantic.decode(codes[:, :1], state)
+        return z + self.acoustic.decode(codes[:, 1:], state) if codes.shape[1] > 1 else z
+
+
+# --------------------------------------------------------------------------------------------------------- Mimi
+
+
+class Mimi(nn.Module):
+    """The codec. Without `state` a call takes a whole recording; with one it takes its next frames."""
+
+    def __init__(self, config: MimiConfig):
+        super().__init__()
+        self.config = config
+        self.sample_rate, self.frame_rate, self.frame_size = config.sample_rate, config.frame_rate, config.frame_size
+        dim, stride = config.latent_dim, config.stride
+
+        def transformer() -> Transformer:
+            return Transformer(
+                dim, config.num_layers, config.num_heads, config.num_heads, config.context, config.max_period,
+                lambda width: FeedForward(width, config.feedforward_dim), nn.LayerNorm, LayerScale, step=stride)
+
+        self.encoder = Encoder(config)
+        self.encoder_transformer = transformer()
+        self.downsample = CausalConv1d(dim, dim, 2 * stride, stride, bias=False, repeat_first=True)
+        self.quantizer = SplitQuantizer(config)
+        self.upsample = CausalConvTranspose1d(dim, dim, stride, bias=False, depthwise=True)
+        self.decoder_transformer = transformer()
+        self.decoder = Decoder(config)
+
+    @property
+    def num_codebooks(self) -> int:
+        """Codebooks in use by `encode`, from 1 to config.total_codebooks."""
+        return self.quantizer.num_codebooks
+
+    @num_codebooks.setter
+    def num_codebooks(self, number: int):
+        if not 1 <= number <= self.config.total_codebooks:
+            raise ValueError(f"{number} codebooks: this Mimi has from 1 to {self.config.total_codebooks}")
+        self.quantizer.num_codebooks = number
+
+    def to_latent(self, pcm: Tensor, state: dict | None = None) -> Tensor:
+        """pcm [B, 1, T], in -1..1 -> latent [B, D, F]. Offline, T is padded with zeros to whole frames of 1920."""
+        if pcm.dim() != 3 or pcm.shape[1] != 1 or not pcm.shape[2]:
+            raise ValueError(f"Mimi takes sound as [batch, 1, samples], not {list(pcm.shape)}")
+        missing = -pcm.shape[-1] % self.frame_size
+        if missing and state is not None:
+            raise ValueError(f"streaming takes whole frames of {self.frame_size} samples, not {pcm.shape[-1]}")
+        x = self.encoder(F.pad(pcm, (0, missing)), state)
+        x = self.encoder_transformer(x.transpose(1, 2), state).transpose(1, 2)
+        return self.downsample(x, state)
+
+    def from_latent(self, z: Tensor, state: dict | None = None) -> Tensor:
+        """latent [B, D, F] -> pcm [B, 1, F * 1920]."""
+        x = self.upsample(z, state)
+        x = self.decoder_transformer(x.transpose(1, 2), state).transpose(1, 2)
+        return self.decoder(x, state)
+
+    @torch.no_grad()
+    def encode(self, pcm: Tensor, state: dict | None = None) -> Tensor:
+        """pcm [B, 1, T], in -1..1 -> codes [B, K, F], K = num_codebooks, a frame for each 1920 samples."""
+        return self.quantizer.encode(self.to_latent(pcm, state), state)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, state: dict | None = None) -> Tensor:
+        """codes [B, K, F], any K from 1 to all -> pcm [B, 1, F * 1920]."""
+        if codes.dim() != 3 or not 1 <= codes.shape[1] <= self.config.total_codebooks or not codes.shape[2]:
+            raise ValueError(f"Mimi takes codes as [batch, codebooks, frames], not {list(codes.shape)}")
+        return self.from_latent(self.quantizer.decode(codes, state), state)
+
+
+# ------------------------------------------------------------------------------------------------ weight files
+
+
+def load_weights(model: nn.Module, path: str | Path, names: dict[str, str], device, dtype: torch.dtype | None) -> None:
+    """Puts the tensors of a SafeTensors file into `model`, which was built on the meta device.
+
+    `names` maps our names to the official ones; a '{k}' in one stands for the entries of our first axis, stored one
+    by one. On the CPU weights are mapped from the file, not read, where they have the dtype asked for (None: any).
+    A missing, extra or misshapen tensor raises ValueError, and so does a file that isn't SafeTensors.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        file = safetensors.safe_open(path, framework="pt", device=str(device))
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole SafeTensors file ({error}); no other format is read") from None
+    unused = set(file.keys())
+
+    def take(name: str, shape: tuple) -> Tensor:
+        if name not in unused:
+            raise ValueError(f"{path}: the tensor {name} is missing")
+        stored = tuple(file.get_slice(name).get_shape())
+        if stored != shape:
+            raise ValueError(f"{path}: {name} has the shape {list(stored)}, expected {list(shape)}")
+        unused.remove(name)
+        tensor = file.get_tensor(name)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    weights: dict[str, Tensor] = {}
+    for ours, empty in model.state_dict().items():
+        name, shape = names[ours], tuple(empty.shape)
+        # The released files name the attention projections otherwise, and hold the depth decoder's as one tensor.
+        older = re.sub(r"in_projs\.(0|{k})\.weight", "in_proj_weight", name)
+        older = re.sub(r"out_projs\.(0|{k})\.weight", "out_proj.weight", older)
+        if older != name and older in unused:
+            stacked = (shape[0] * shape[1], *shape[2:]) if "{k}" in name else shape
+            weights[ours] = take(older, stacked).view(shape)
+        elif "{k}" in name and shape[0]:
+            weights[ours] = torch.stack([take(name.format(k=k), shape[1:]) for k in range(shape[0])])
+        else:
+            weights[ours] = take(name, shape) if shape[0] else torch.empty(shape, device=device, dtype=dtype)
+    if unused:
+        raise ValueError(f"{path}: the tensor {min(unused)} is not known, does the config belong to this file?")
+    model.load_state_dict(weights, assign=True)
+
+
+def save_weights(model: nn.Module, path: str | Path, names: dict[str, str]) -> None:
+    """Writes the file that `load_weights` reads, with the newer official names; a file in its place stays until then."""
+    tensors: dict[str, Tensor] = {}
+    for ours, tensor in model.state_dict().items():
+        pieces = enumerate(tensor) if "{k}" in names[ours] else [(0, tensor)]
+        tensors.update({names[ours].format(k=k): piece.contiguous() for k, piece in pieces})
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        save_file(tensors, temporary)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def official_names(model: nn.Module, rules: list[tuple[str, str | Callable]]) -> dict[str, str]:
+    """Our name -> the official name of every tensor in `model`: each rule (pattern, replacement) in its turn."""
+    names = {}
+    for ours in model.state_dict():
+        name = ours
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        names[ours] = name
+    return names
+
+
+TRANSFORMER_NAMES = [  # shared with Helium
+    (r"\.attention\.(in|out)_proj\.", r".self_attn.\1_projs.0."), (r"\.scale(\d)\.", r".layer_scale_\1."),
+]
+
+
+def _mimi_names(mimi: Mimi) -> dict[str, str]:
+    def seanet(match: re.Match) -> str:
+        """The official SEANet is one list that counts its activations too: three places for a stage of ours."""
+        half, part, stage, conv, kind = match.groups()
+        place = 0 if part == "first" else 3 * len(mimi.config.ratios) + 2
+        if stage is not None:
+            place = 3 * int(stage) + {"residuals": 1, "downs": 3, "ups": 2}[part] + 2 * (half + part == "decoderresiduals")
+        inner = {"conv1": ".block.1", "conv2": ".block.3"}.get(conv, "")
+        return f"{half}.model.{place}{inner}.{'convtr.convtr' if part == 'ups' else 'conv.conv'}.{kind}"
+
+    return official_names(mimi, [
+        (r"^(encoder|decoder)\.(first|residuals|downs|ups|last)(?:\.(\d+))?(?:\.(conv\d))?\.(weight|bias)$", seanet),
+        (r"^downsample", "downsample.conv.conv.conv"), (r"^upsample", "upsample.convtr.convtr.convtr"),
+        (r"_transformer\.", "_transformer.transformer."), (r"\.feed_forward\.", "."), *TRANSFORMER_NAMES,
+        (r"\.semantic\.", ".rvq_first."), (r"\.acoustic\.", ".rvq_rest."),
+        (r"\.codebooks\.(\d+)\.", r".vq.layers.\1._codebook."), (r"\.initialized", "._initialized"),
+    ])
+
+
+def load_mimi(path: str | Path, config: MimiConfig | None = None, num_codebooks: int = 8, device="cpu") -> Mimi:
+    """Mimi from an official SafeTensors file, in float32; `config` None is the released one. See `load_weights`."""
+    with torch.device("meta"):
+        mimi = Mimi(config or MimiConfig())
+    load_weights(mimi, path, _mimi_names(mimi), device, torch.float32)
+    mimi.num_codebooks = num_codebooks
+    return mimi.eval()
+
+
+def save_mimi(mimi: Mimi, path: str | Path) -> None:
+    """Writes the official file, in the dtype that the model has."""
+    save_weights(mimi, path, _mimi_names(mimi))

@@ -1,0 +1,563 @@
+"""Moshi, the model: a transformer over time (Helium) and a small one across the codebooks of a frame, in one file.
+
+    17 streams of tokens: [text, 8 codebooks of Moshi's voice, 8 codebooks of the user's voice], a step each 80 ms
+    step s: add up their embeddings -> Helium -> text token -> depth decoder -> 8 audio tokens, one after the other
+
+What is notable:
+- it listens and speaks at once: the user's stream is only read, Moshi's streams are predicted, none waits;
+- inner monologue: the text of what Moshi says is a stream of its own, just ahead of the sound;
+- the acoustic codebooks are delayed by a step, so that they can lean on the semantic one;
+- RMSNorm in float32, SwiGLU, interleaved rotary positions, no biases, a sliding window of 3000 steps (4 minutes);
+- the depth decoder has its own weights for each codebook, held stacked: [codebook, out, in].
+
+The model is described in "Moshi: a speech-text foundation model for real-time dialogue" (Défossez et al. 2024,
+arXiv:2410.00037, section 3.4), the reference implementation is `moshi.models.lm`.
+"""
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor, nn
+
+from mimi_min import (TRANSFORMER_NAMES, Mimi, MimiConfig, Transformer, check_sizes, init_state, load_mimi,
+                      load_weights, official_names, read_keys, save_weights)
+
+NO_INPUT = -1  # a token that adds nothing: the zero vector
+UNGENERATED = -2  # a token that is still to be sampled
+
+# ------------------------------------------------------------------------------------------------ configuration
+
+
+@dataclass
+class MoshiConfig:
+    """The sizes of a Moshi under their official names; the defaults are the released 7B's."""
+
+    dim: int = 4096  # width of Helium
+    num_layers: int = 32
+    num_heads: int = 32
+    kv_repeat: int = 1  # query heads that share one key and value head
+    hidden_scale: float = 4.125  # feed-forward width over dim, before the gate takes its third
+    context: int = 3000  # sliding window, in steps
+    max_period: float = 10000.0  # of the rotary embedding
+    n_q: int = 16  # audio streams in all: Moshi's and the user's
+    dep_q: int = 8  # those of Moshi, which the depth decoder predicts
+    card: int = 2048  # tokens of an audio codebook; the token `card` itself starts a stream
+    text_card: int = 32000  # tokens of the text vocabulary; the token `text_card` starts the stream
+    existing_text_padding_id: int = 3  # PAD: no new word
+    existing_text_end_padding_id: int = 0  # EPAD: a word comes next; may be 0
+    delays: tuple[int, ...] = (0,) + 2 * (0, 1, 1, 1, 1, 1, 1, 1)  # of each stream, in steps, the text first
+    depformer_dim: int = 1024  # width of the depth decoder
+    depformer_num_layers: int = 6
+    depformer_num_heads: int = 16
+    depformer_kv_repeat: int = 1
+    depformer_dim_feedforward: int = 4224
+
+    def __post_init__(self):
+        check_sizes(self, may_be_zero=("existing_text_padding_id", "existing_text_end_padding_id"))
+        delays = self.delays
+        if not isinstance(delays, (list, tuple)) or any(type(delay) is not int or delay < 0 for delay in delays):
+            raise ValueError(f"config: delays must be a list of whole numbers from 0, not {delays!r}")
+        self.delays = tuple(delays)
+        if len(delays) != self.n_q + 1 or self.dep_q > self.n_q:
+            raise ValueError(f"config: {len(delays)} delays and dep_q {self.dep_q} do not fit n_q {self.n_q}")
+        for name, dim, heads, repeat in (
+                ("dim", self.dim, self.num_heads, self.kv_repeat),
+                ("depformer_dim", self.depformer_dim, self.depformer_num_heads, self.depformer_kv_repeat)):
+            if dim % heads or heads % repeat or (name == "dim" and dim // heads % 2):
+                raise ValueError(f"config: {name} {dim}, {heads} heads and kv_repeat {repeat} do not fit together")
+        if max(self.existing_text_padding_id, self.existing_text_end_padding_id) >= self.text_card:
+            raise ValueError("config: the padding tokens must be below text_card")
+
+    @classmethod
+    def from_dict(cls, official: dict) -> MoshiConfig:
+        """Reads the model's keys of an official `config.json`; unknown keys and values raise ValueError."""
+        inherited = {  # what the official model passes on to the depth decoder when its own key is missing
+            "depformer_num_layers": official.get("num_layers"), "depformer_kv_repeat": official.get("kv_repeat", 1),
+            "depformer_gating": official.get("gating", "none"), "depformer_layer_scale": official.get("layer_scale")}
+        fields = read_keys({**inherited, **official}, _MOSHI_KEYS, "config")
+        if fields["depformer_dim_feedforward"] == 0:
+            fields["depformer_dim_feedforward"] = int(fields["hidden_scale"] * fields["depformer_dim"])
+        return cls(**fields)
+
+
+# Official key -> (our field, or in a list the values known here, ... for any); the official default, None for none.
+_MOSHI_KEYS: dict[str, tuple] = {
+    **{key: (key, default) for key, default in {
+        "dim": 128, "num_layers": None, "num_heads": 8, "kv_repeat": 1, "hidden_scale": 4, "context": None,
+        "max_period": 10000, "n_q": 8, "dep_q": 8, "card": 1024, "text_card": 32000, "delays": [0],
+        "existing_text_padding_id": 3, "existing_text_end_padding_id": 0, "depformer_dim": 256,
+        "depformer_num_layers": None, "depformer_num_heads": None, "depformer_kv_repeat": 1,
+        "depformer_dim_feedforward": 0}.items()},
+    "causal": ([True], True), "norm": (["rms_norm_f32"], "layer_norm"), "gating": (["silu"], "none"),
+    "layer_scale": ([None], None), "positional_embedding": (["rope"], "sin"), "norm_emb": ([False], False),
+    "bias_proj": ([False], False), "cross_attention": ([False], False), "text_card_out": ([None], None),
+    "demux_second_text_stream": ([False], False), "demux_second_stream": ([False], False),
+    "extra_heads_num_heads": ([0], 0), "extra_heads_dim": (..., 6), "conditioners": ([{}], {}), "fuser": (..., None),
+    "lora": ([False], False), "lora_rank": (..., 128), "lora_scaling": (..., 2.0), "quantize": ([False], False),
+    "gradient_checkpointing": (..., False), "depformer_gating": (["silu"], "none"), "depformer_norm": ([None], None),
+    "depformer_layer_scale": ([None], None), "depformer_pos_emb": (["none"], "sin"),
+    "depformer_multi_linear": ([True], False), "depformer_weights_per_step": ([True], False),
+    "depformer_weights_per_step_schedule": ([None], None), "depformer_low_rank_embeddings": ([None], None),
+    "depformer_context": (..., None), "depformer_max_period": (..., None),
+}
+
+# ------------------------------------------------------------------------------------------------------- blocks
+
+
+class RMSNorm(nn.Module):
+    """x * alpha / sqrt(mean(x^2) + 1e-8) over the last axis, computed in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(1, 1, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        scale = self.alpha.float() * torch.rsqrt(1e-8 + wide.pow(2).mean(-1, keepdim=True))
+        return (wide * scale).to(x.dtype)
+
+
+def gated_width(dim: int, feedforward: int) -> int:
+    """Hidden units of a SwiGLU that costs as much as a plain feed-forward: two thirds, at 4 * dim 21/8 of dim."""
+    return 21 * dim // 8 if feedforward == 4 * dim else 2 * feedforward // 3
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up, for x = (gate, up) stacked on the last axis (Shazeer 2020)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class GatedFeedForward(nn.Module):
+    """Helium's feed-forward: linear to (gate, up), SwiGLU, linear."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.linear_in = nn.Linear(dim, 2 * hidden, bias=False)
+        self.linear_out = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_out(swiglu(self.linear_in(x)))
+
+
+def embed(table: Tensor, tokens: Tensor) -> Tensor:
+    """Rows of `table` [tokens, D] for `tokens` [...], the zero vector where the token is NO_INPUT."""
+    return torch.where((tokens == NO_INPUT)[..., None], 0, F.embedding(tokens.clamp(min=0), table))
+
+
+# ------------------------------------------------------------------------------------------------ depth decoder
+
+
+def codebook_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """A linear map of its own for each codebook: x [K, N, D_in], weight [K, D_out, D_in] -> [K, N, D_out]."""
+    return F.linear(x[0], weight[0])[None] if len(weight) == 1 else x @ weight.transpose(1, 2)
+
+
+class DepthLayer(nn.Module):
+    """A transformer layer across the codebooks of a frame, each with its own projections; no positions needed."""
+
+    def __init__(self, config: MoshiConfig):
+        super().__init__()
+        dim, K = config.depformer_dim, config.dep_q
+        self.num_heads = config.depformer_num_heads
+        self.num_kv_heads = self.num_heads // config.depformer_kv_repeat
+        self.head_dim = dim // self.num_heads
+        hidden = gated_width(dim, config.depformer_dim_feedforward)
+        self.norm1, self.norm2 = RMSNorm(dim), RMSNorm(dim)
+        self.in_proj = nn.Parameter(torch.empty(K, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, dim))
+        self.out_proj = nn.Parameter(torch.empty(K, dim, dim))
+        self.linear_in = nn.Parameter(torch.empty(K, 2 * hidden, dim))
+        self.linear_out = nn.Parameter(torch.empty(K, dim, hidden))
+
+    def forward(self, x: Tensor, codebooks: slice, past: list[Tensor] | None) -> Tensor:
+        """x [K', N, D] of these codebooks -> [K', N, D]. `past` collects keys and values; None: all K' at once."""
+        heads = codebook_linear(self.norm1(x), self.in_proj[codebooks]).unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.permute(1, 2, 0, 3).split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        if past is not None:
+            past.append(torch.stack([k, v]))
+            k, v = torch.cat(past, dim=3)  # [N, KV, codebooks so far, head_dim]
+        grouped = self.num_kv_heads != self.num_heads
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=past is None, enable_gqa=grouped)
+        x = x + codebook_linear(y.permute(2, 0, 1, 3).flatten(2), self.out_proj[codebooks])
+        hidden = swiglu(codebook_linear(self.norm2(x), self.linear_in[codebooks]))
+        return x + codebook_linear(hidden, self.linear_out[codebooks])
+
+
+class DepthDecoder(nn.Module):
+    """Predicts the audio tokens of one step, codebook after codebook (the official Depformer).
+
+    At codebook k it reads Helium's output and the token before: the text token for k = 0, else audio token k - 1.
+    """
+
+    def __init__(self, config: MoshiConfig):
+        super().__init__()
+        dim, K = config.depformer_dim, config.dep_q
+        self.num_codebooks = K
+        self.input_proj = nn.Parameter(torch.empty(K, dim, config.dim))
+        self.text_emb = nn.Parameter(torch.empty(config.text_card + 1, dim))
+        self.audio_emb = nn.Parameter(torch.empty(K - 1, config.card + 1, dim))
+        self.layers = nn.ModuleList(DepthLayer(config) for _ in range(config.depformer_num_layers))
+        self.output_proj = nn.Parameter(torch.empty(K, config.card, dim))
+
+    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Teacher forcing: hidden [B, S, D], tokens [B, K, S] (text, audio 0 .. K - 2) -> logits [B, K, S, card]."""
+        tables = [self.text_emb, *self.audio_emb]
+        previous = torch.stack([embed(table, tokens[:, k].flatten()) for k, table in enumerate(tables)])
+        x = self.run(hidden.flatten(0, 1), previous, slice(None), [None] * len(self.layers))
+        return x.unflatten(1, hidden.shape[:2]).transpose(0, 1)
+
+    def step(self, k: int, hidden: Tensor, token: Tensor, past: list[list[Tensor]]) -> Tensor:
+        """Codebook k alone: hidden [B, D], the token before [B] -> logits [B, card]. `past`: a list for each layer."""
+        previous = embed(self.audio_emb[k - 1] if k else self.text_emb, token)
+        return self.run(hidden, previous[None], slice(k, k + 1), past)[0]
+
+    def run(self, hidden: Tensor, previous: Tensor, codebooks: slice, past: list) -> Tensor:
+        """hidden [N, D], embedded tokens [K', N, D'] -> logits [K', N, card]."""
+        weight = self.input_proj[codebooks]
+        x = codebook_linear(hidden.expand(len(weight), -1, -1), weight) + previous
+        for layer, cache in zip(self.layers, past):
+            x = layer(x, codebooks, cache)
+        return codebook_linear(x, self.output_proj[codebooks])
+
+
+# ------------------------------------------------------------------------------------------------------- delays
+
+
+def delay(codes: Tensor, delays: tuple[int, ...], initial: Tensor) -> Tensor:
+    """Shifts stream k of codes [B, K, F] right by delays[k] steps. The gap gets initial[k], the end falls off."""
+    length = codes.shape[-1]
+    streams = []
+    for k, shift in enumerate(delays):
+        gap = initial[k].expand(len(codes), min(shift, length))
+        streams.append(torch.cat([gap, codes[:, k, : max(length - shift, 0)]], dim=-1))
+    return torch.stack(streams, dim=1)
+
+
+def undelay(x: Tensor, delays: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Shifts stream k of x [B, K, F, ...] back to the left: the inverse of `delay`.
+
+    Returns it with NaN where a stream has run out, and the mask [B, K, F] of what is there.
+    """
+    length = x.shape[2]
+    steps = torch.arange(length, device=x.device) + torch.tensor(delays, device=x.device)[:, None]  # [K, F]
+    mask = (steps < length).expand(len(x), -1, -1)
+    shifted = torch.stack([x[:, k, row] for k, row in enumerate(steps.clamp(max=length - 1))], dim=1)
+    return shifted.masked_fill(~mask.view(*mask.shape, *[1] * (x.dim() - 3)), float("nan")), mask
+
+
+# -------------------------------------------------------------------------------------------------------- Moshi
+
+
+class MoshiOutput(NamedTuple):
+    """Logits aligned with the codes they predict; NaN where the delay has run out. The masks say what counts."""
+
+    text_logits: Tensor  # [B, 1, F, text_card]
+    text_mask: Tensor  # [B, 1, F]
+    audio_logits: Tensor  # [B, dep_q, F, card]
+    audio_mask: Tensor  # [B, dep_q, F]
+
+
+class Moshi(nn.Module):
+    """The 17-stream language model. `forward` and `loss` train it, `MoshiGen` talks with it."""
+
+    def __init__(self, config: MoshiConfig):
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        hidden = gated_width(dim, int(config.hidden_scale * dim))
+        self.text_emb = nn.Embedding(config.text_card + 1, dim)
+        self.audio_embs = nn.ModuleList(nn.Embedding(config.card + 1, dim) for _ in range(config.n_q))
+        self.transformer = Transformer(
+            dim, config.num_layers, config.num_heads, config.num_heads // config.kv_repeat, config.context,
+            config.max_period, lambda width: GatedFeedForward(width, hidden), RMSNorm, nn.Identity)
+        self.out_norm = RMSNorm(dim)
+        self.text_linear = nn.Linear(dim, config.text_card, bias=False)
+        self.depth_decoder = DepthDecoder(config)
+        for weight in self.parameters():  # as the official model starts; norms stay at one
+            if weight.shape[0] != 1:
+                nn.init.trunc_normal_(weight, std=weight.shape[-1] ** -0.5)
+
+    @property
+    def initial(self) -> Tensor:
+        """[1 + n_q], the tokens that start the streams."""
+        config = self.config
+        return torch.tensor([config.text_card] + [config.card] * config.n_q, device=self.text_emb.weight.device)
+
+    def temporal(self, tokens: Tensor, state: dict | None = None) -> tuple[Tensor, Tensor]:
+        """Helium on raw tokens [B, 1 + n_q, S], nothing delayed -> hidden [B, S, D], text logits [B, S, text_card].
+
+        A token of -1 adds nothing, so audio of -1 makes Helium a plain text model.
+        """
+        x = sum(embed(table.weight, tokens[:, 1 + k]) for k, table in enumerate(self.audio_embs))
+        hidden = self.out_norm(self.transformer(x + embed(self.text_emb.weight, tokens[:, 0]), state))
+        return hidden, self.text_linear(hidden)
+
+    def depth(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """The depth decoder, teacher-forced: hidden [B, S, D], this step's text and audio tokens [B, 1 + dep_q, S] or
+        more streams, the last of which isn't read -> logits [B, dep_q, S, card]."""
+        return self.depth_decoder(hidden, tokens[:, : self.config.dep_q])
+
+    def forward(self, codes: Tensor) -> MoshiOutput:
+        """codes [B, 1 + n_q, F] of all streams, not delayed (-1: unknown) -> logits of the text and Moshi's audio."""
+        config, initial = self.config, self.initial
+        if codes.dim() != 3 or codes.shape[1] != 1 + config.n_q:
+            raise ValueError(f"Moshi takes codes as [batch, {1 + config.n_q}, frames], not {list(codes.shape)}")
+        delayed = delay(codes, config.delays, initial)
+        start = initial[:, None].expand(len(codes), -1, 1)
+        hidden, text_logits = self.temporal(torch.cat([start, delayed[..., :-1]], dim=-1))
+        text, text_mask = undelay(text_logits[:, None], config.delays[:1])
+        audio, audio_mask = undelay(self.depth(hidden, delayed), config.delays[1 : 1 + config.dep_q])
+        known = codes[:, : 1 + config.dep_q] != NO_INPUT
+        return MoshiOutput(text, text_mask & known[:, :1], audio, audio_mask & known[:, 1:])
+
+    def loss(self, codes: Tensor, text_padding_weight: float = 0.5,
+             first_codebook_weight: float = 100.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss on codes [B, 1 + n_q, F]: total, {"text": ..., "audio": ...}.
+
+        Each part is a weighted mean of cross-entropies. PAD and EPAD weigh less than words, since they are most of
+        the text; the semantic codebook weighs more than the others. As in moshi-finetune, with its example's weights.
+        """
+        config, output = self.config, self(codes)
+
+        def mean(logits: Tensor, mask: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+            losses = F.cross_entropy(logits[mask].float(), targets[mask], reduction="none")
+            return (losses * weights[mask]).sum() / weights[mask].sum()
+
+        text, audio = codes[:, :1], codes[:, 1 : 1 + config.dep_q]
+        is_padding = (text == config.existing_text_padding_id) | (text == config.existing_text_end_padding_id)
+        text_weights = torch.where(is_padding, text_padding_weight, 1.0)
+        audio_weights = torch.ones(audio.shape, device=codes.device)
+        audio_weights[:, 0] = first_codebook_weight
+        parts = {"text": mean(output.text_logits, output.text_mask, text, text_weights),
+                 "audio": mean(output.audio_logits, output.audio_mask, audio, audio_weights)}
+        return parts["text"] + parts["audio"], parts
+
+
+# --------------------------------------------------------------------------------------------------- generation
+
+
+def sample(logits: Tensor, temp: float, top_k: int) -> Tensor:
+    """One token [B] of logits [B, C]: the likeliest at temp 0, else drawn among the top_k.
+
+    p / Exponential(1) noise is largest at i with probability p_i. This draws no token on the CPU, as multinomial
+    does, and in the official order: the same seed gives the same tokens.
+    """
+    if temp == 0:
+        return logits.argmax(dim=-1)
+    probabilities = torch.softmax(logits.float() / temp, dim=-1)
+    top, tokens = probabilities.topk(min(top_k, probabilities.shape[-1]), dim=-1)
+    choice = (top / torch.empty_like(top).exponential_(1)).argmax(dim=-1, keepdim=True)
+    return tokens.gather(-1, choice)[:, 0]
+
+
+class MoshiGen:
+    """Talks: a frame of the user's codes in, a frame of text and Moshi's codes out, for ever.
+
+    Its cache holds the tokens of the last steps in delayed time, position p in column p % columns: column p of stream
+    k is frame p - 1 - delays[k]. On CUDA a step is one captured graph; `cuda_graph=False` runs it eagerly, to step
+    through. `greedy` takes the likeliest token everywhere. Sampling draws from torch's global generator.
+    """
+
+    def __init__(self, moshi: Moshi, batch_size: int = 1, temp: float = 0.8, temp_text: float = 0.7,
+                 top_k: int = 250, top_k_text: int = 25, greedy: bool = False, cuda_graph: bool = True):
+        if min(temp, temp_text) < 0 or min(top_k, top_k_text) < 1:
+            raise ValueError("a temperature must be 0 or more, and a top-k 1 or more")
+        self.moshi, self.config = moshi, moshi.config
+        self.temp, self.temp_text = (0.0, 0.0) if greedy else (temp, temp_text)
+        self.top_k, self.top_k_text = top_k, top_k_text
+        device = moshi.text_emb.weight.device
+        self.cuda_graph = cuda_graph and device.type == "cuda"
+        self.graph = None
+        config = self.config
+        self.own = 1 + config.dep_q  # streams that Moshi makes: text and its voice
+        self.max_delay = max(config.delays)
+        self.delays = torch.tensor(config.delays, device=device)[:, None]  # [1 + n_q, 1]
+        self.initial = moshi.initial[:, None]
+        self.state = init_state(moshi, batch_size)
+        self.offset = torch.zeros(1, dtype=torch.long, device=device)  # steps so far; a tensor for the graph's sake
+        self.cache = torch.empty(batch_size, 1 + config.n_q, 2 * self.max_delay + 2, dtype=torch.long, device=device)
+        self.user = torch.empty(batch_size, config.n_q - config.dep_q, 1, dtype=torch.long, device=device)
+        self.forced = torch.empty(batch_size, self.own, 1, dtype=torch.long, device=device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the conversation."""
+        for memory in self.state.values():
+            for tensor in memory.values():
+                tensor.zero_()
+        self.cache.fill_(UNGENERATED)
+        self.offset.zero_()
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, user_codes: Tensor, text: Tensor | None = None, audio: Tensor | None = None) -> Tensor | None:
+        """The user's codes [B, n_q - dep_q, 1] -> tokens [B, 1 + dep_q, 1], text first, or None while delays fill.
+
+        The frame that comes out is the one heard max(delays) steps ago. `text` [B] and `audio` [B, dep_q] force the
+        tokens of this step (delayed time) in place of those sampled; random numbers are drawn all the same. -2 in
+        them means: sample this one.
+        """
+        if user_codes.shape != self.user.shape:
+            raise ValueError(f"a step takes user codes {list(self.user.shape)}, not {list(user_codes.shape)}")
+        self.user.copy_(user_codes)
+        self.forced.fill_(UNGENERATED)
+        if text is not None:
+            self.forced[:, 0, 0] = text
+        if audio is not None:
+            self.forced[:, 1:, 0] = audio
+        # Warm-up steps would change the memory and draw numbers, so the first step is eager and the second captured.
+        if self.cuda_graph and self.graph is None and self.steps:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.output = self._step()
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self.output = self._step()
+        self.steps += 1
+        return self.output.clone() if self.steps > self.max_delay else None
+
+    def _step(self) -> Tensor:
+        """One step on static tensors: no value on the host is read or made, so a graph can replay it."""
+        columns, own = self.cache.shape[-1], self.own
+        # The user's frame lands where its delays put it.
+        where = (self.offset + self.delays[own:]) % columns
+        self.cache[:, own:].scatter_(2, where.expand_as(self.user), self.user)
+        tokens = self.cache.index_select(2, self.offset % columns)
+        tokens = torch.where(self.offset <= self.delays, self.initial, tokens)
+        hidden, text_logits = self.moshi.temporal(tokens, self.state)
+        self.offset += 1
+        now = self.offset % columns
+        cached = self.cache[:, :own].index_select(2, now)  # a prefill may have left tokens for this step
+        forced = torch.where(self.forced == UNGENERATED, cached, self.forced)[:, :, 0]
+
+        made = []
+        past: list[list[Tensor]] = [[] for _ in self.moshi.depth_decoder.layers]
+        for k in range(own):  # the text, then the codebooks, each seeing the one before
+            logits = self.moshi.depth_decoder.step(k - 1, hidden[:, 0], made[-1], past) if k else text_logits[:, 0]
+            token = sample(logits, self.temp, self.top_k) if k else sample(logits, self.temp_text, self.top_k_text)
+            made.append(torch.where(forced[:, k] == UNGENERATED, token, forced[:, k]))
+        self.cache[:, :own].index_copy_(2, now, torch.stack(made, dim=1)[..., None])
+
+        where = (self.offset - self.max_delay + self.delays[:own]) % columns
+        aligned = self.cache[:, :own].gather(2, where.expand(len(self.cache), -1, -1))
+        self.cache.index_fill_(2, (now + self.max_delay + 1) % columns, UNGENERATED)  # used up; the next to be forced
+        return aligned
+
+    @torch.no_grad()
+    def prefill(self, codes: Tensor) -> None:
+        """Starts from a history: codes [B, 1 + n_q, F] of all streams, aligned as in `Moshi.forward`.
+
+        Next comes `step` with the user's frame F. With delays above 1, it still gives the history's last frames first.
+        """
+        frames, initial = codes.shape[-1], self.moshi.initial
+        if self.steps:
+            raise ValueError("prefill starts a conversation, call reset() before it")
+        if codes.shape[:2] != self.cache.shape[:2]:
+            raise ValueError(f"prefill takes codes [{len(self.cache)}, {1 + self.config.n_q}, frames]")
+        if not frames:
+            return
+        delayed = delay(codes, self.config.delays, initial)
+        start = initial[:, None].expand(len(codes), -1, 1)
+        self.moshi.temporal(torch.cat([start, delayed[..., :-1]], dim=-1), self.state)
+        self.offset.fill_(frames)
+        self.steps = frames
+        # What later steps find: position p of stream k holds frame p - 1 - delays[k], if the history has it.
+        for position in range(max(0, frames - self.max_delay), frames + self.max_delay + 1):
+            for k, shift in enumerate(self.config.delays):
+                if 0 <= position - 1 - shift < frames:
+                    self.cache[:, k, position % self.cache.shape[-1]] = codes[:, k, position - 1 - shift]
+        self.step(codes[:, self.own :, -1:])  # the step that hears the user's last frame
+
+
+# -------------------------------------------------------------------------------------------------- checkpoints
+
+MOSHI_FILE, MIMI_FILE = "model.safetensors", "tokenizer-e351c8d8-checkpoint125.safetensors"
+TOKENIZER_FILE = "tokenizer_spm_32k_3.model"
+
+
+def _moshi_names(moshi: Moshi) -> dict[str, str]:
+    return official_names(moshi, [
+        (r"^audio_embs", "emb"),
+        (r"^depth_decoder\.input_proj", "depformer_in.{k}.weight"),
+        (r"^depth_decoder\.text_emb", "depformer_text_emb.weight"),
+        (r"^depth_decoder\.audio_emb", "depformer_emb.{k}.weight"),
+        (r"^depth_decoder\.output_proj", "linears.{k}.weight"),
+        (r"^depth_decoder\.(.*)\.(in|out)_proj$", r"depformer.\1.self_attn.\2_projs.{k}.weight"),
+        (r"^depth_decoder\.(.*)\.(linear_in|linear_out)$", r"depformer.\1.gating.{k}.\2.weight"),
+        (r"^depth_decoder", "depformer"), (r"\.feed_forward\.", ".gating."), *TRANSFORMER_NAMES])
+
+
+def load_moshi(path: str | Path, config: MoshiConfig | None = None, device="cpu",
+               dtype: torch.dtype | None = torch.bfloat16) -> Moshi:
+    """Moshi from an official SafeTensors file; `config` None is the released 7B, `dtype` None what is stored."""
+    with torch.device("meta"):
+        moshi = Moshi(config or MoshiConfig())
+    load_weights(moshi, path, _moshi_names(moshi), device, dtype)
+    return moshi.eval()
+
+
+def save_moshi(moshi: Moshi, path: str | Path) -> None:
+    """Writes the official file, in the dtype that the model has."""
+    save_weights(moshi, path, _moshi_names(moshi))
+
+
+class Checkpoint(NamedTuple):
+    """A whole checkpoint folder."""
+
+    moshi: Moshi
+    mimi: Mimi
+    tokenizer: SentencePieceProcessor | None  # None where the folder has none
+    config: dict  # what config.json says, `lm_gen_config` (sampling) and `stt_config` (silences) among it
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return content
+
+
+def load_checkpoint(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Checkpoint:
+    """Opens a folder in the official format; without `config.json` it is a Moshi 7B.
+
+    `dtype` None is bfloat16, or float32 for a model narrow enough that a CPU doesn't mind. What is missing raises
+    FileNotFoundError, what is wrong ValueError, with one sentence.
+    """
+    folder = Path(folder)
+    raw = _read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    config = dict(raw)
+    moshi_path, mimi_path, tokenizer_path = (folder / config.pop(key, default) for key, default in (
+        ("moshi_name", MOSHI_FILE), ("mimi_name", MIMI_FILE), ("tokenizer_name", TOKENIZER_FILE)))
+    if missing := [path.name for path in (moshi_path, mimi_path) if not path.is_file()]:
+        raise FileNotFoundError(f"{folder}: no checkpoint there, missing {' and '.join(missing)}")
+    mimi_config_name = config.pop("mimi_config_name", None)
+    mimi_config = MimiConfig.from_dict(_read_json(folder / mimi_config_name)) if mimi_config_name else MimiConfig()
+    for key, known in (("model_type", ["moshi"]), ("lora_name", [None, ""])):
+        if key in config and config.pop(key) not in known:
+            raise ValueError(f"{folder}: {key} {raw[key]!r} is not supported")
+    for key in ("lm_gen_config", "stt_config", "tts_config", "model_id"):
+        config.pop(key, None)
+    moshi_config = MoshiConfig.from_dict(config) if raw else MoshiConfig()
+    if moshi_config.card != mimi_config.codebook_size:
+        raise ValueError(f"{folder}: Moshi has {moshi_config.card} audio tokens, Mimi {mimi_config.codebook_size}")
+    if dtype is None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" and moshi_config.dim <= 1024 else torch.bfloat16
+    mimi = load_mimi(mimi_path, mimi_config, max(moshi_config.dep_q, moshi_config.n_q - moshi_config.dep_q), device)
+    moshi = load_moshi(moshi_path, moshi_config, device, dtype)
+    tokenizer = None
+    if tokenizer_path.exists():
+        try:
+            tokenizer = SentencePieceProcessor(model_file=str(tokenizer_path))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{tokenizer_path}: not a SentencePiece model ({error})") from None
+    return Checkpoint(moshi, mimi, tokenizer, raw)
