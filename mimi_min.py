@@ -93,8 +93,8 @@ class MimiConfig:
         self.ratios = tuple(self.ratios)
         if self.latent_dim % (2 * self.num_heads):
             raise ValueError(f"Mimi config: {self.num_heads} heads cannot share latent_dim {self.latent_dim} evenly")
-        if self.total_codebooks < 2 or self.filters % 2:
-            raise ValueError("Mimi config: it takes 2 codebooks or more, and an even number of filters")
+        if self.total_codebooks < 2:
+            raise ValueError("Mimi config: it takes 2 codebooks or more")
         if self.stride < 2 or self.stride * self.hop_size * self.frame_rate != self.sample_rate:
             raise ValueError(f"Mimi config: a frame_rate of {self.frame_rate} does not fit ratios {self.ratios}")
 
@@ -385,7 +385,7 @@ class Transformer(nn.Module):
 
     `feed_forward`, `norm` and `scale` make those parts of a layer, given the width. While streaming, at most `step`
     positions are written at a time: their ring has `step - 1` slots more than the window, so that the oldest query
-    of a step still finds its whole window. A longer chunk goes through in steps.
+    of a step still finds its whole window. Once the ring is full, a longer chunk goes through in steps.
     """
 
     def __init__(self, dim: int, num_layers: int, num_heads: int, num_kv_heads: int, context: int, max_period: float,
@@ -420,7 +420,8 @@ class Transformer(nn.Module):
         return Window(*rotation(positions, self.head_dim, self.max_period), mask, slots)
 
     def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
-        if state is not None and x.shape[1] > self.step:
+        # A chunk longer than a step must not overwrite what its own first positions still want to see.
+        if x.shape[1] > self.step and state is not None and int(state[self]["position"]) + x.shape[1] > self.ring_size:
             return torch.cat([self(chunk, state) for chunk in x.split(self.step, dim=1)], dim=1)
         window = self.window(x, state)
         for layer in self.layers:

@@ -104,7 +104,7 @@ _MOSHI_KEYS: dict[str, tuple] = {
     "depformer_layer_scale": ([None], None), "depformer_pos_emb": (["none"], "sin"),
     "depformer_multi_linear": ([True], False), "depformer_weights_per_step": ([True], False),
     "depformer_weights_per_step_schedule": ([None], None), "depformer_low_rank_embeddings": ([None], None),
-    "depformer_context": (..., None), "depformer_max_period": (..., None),
+    "depformer_context": (..., None), "depformer_causal": (..., True), "depformer_max_period": (..., None),
 }
 
 # ------------------------------------------------------------------------------------------------------- blocks
@@ -279,9 +279,10 @@ class Moshi(nn.Module):
         self.out_norm = RMSNorm(dim)
         self.text_linear = nn.Linear(dim, config.text_card, bias=False)
         self.depth_decoder = DepthDecoder(config)
-        for weight in self.parameters():  # as the official model starts; norms stay at one
-            if weight.shape[0] != 1:
-                nn.init.trunc_normal_(weight, std=weight.shape[-1] ** -0.5)
+        for name, weight in self.named_parameters():  # as the official model starts, norms at one
+            if not name.endswith("alpha"):
+                depth_linear = name.startswith("depth_decoder") and "emb" not in name and "output" not in name
+                nn.init.trunc_normal_(weight, std=(weight.shape[-1] * (3 if depth_linear else 1)) ** -0.5)
 
     @property
     def initial(self) -> Tensor:
@@ -373,7 +374,7 @@ class MoshiGen:
         self.top_k, self.top_k_text = top_k, top_k_text
         device = moshi.text_emb.weight.device
         self.cuda_graph = cuda_graph and device.type == "cuda"
-        self.graph = None
+        self.graph, self.warm = None, False
         config = self.config
         self.own = 1 + config.dep_q  # streams that Moshi makes: text and its voice
         self.max_delay = max(config.delays)
@@ -412,14 +413,14 @@ class MoshiGen:
         if audio is not None:
             self.forced[:, 1:, 0] = audio
         # Warm-up steps would change the memory and draw numbers, so the first step is eager and the second captured.
-        if self.cuda_graph and self.graph is None and self.steps:
+        if self.cuda_graph and self.graph is None and self.warm:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.output = self._step()
         if self.graph is not None:
             self.graph.replay()
         else:
-            self.output = self._step()
+            self.output, self.warm = self._step(), True
         self.steps += 1
         return self.output.clone() if self.steps > self.max_delay else None
 
@@ -451,10 +452,11 @@ class MoshiGen:
         return aligned
 
     @torch.no_grad()
-    def prefill(self, codes: Tensor) -> None:
+    def prefill(self, codes: Tensor) -> Tensor | None:
         """Starts from a history: codes [B, 1 + n_q, F] of all streams, aligned as in `Moshi.forward`.
 
-        Next comes `step` with the user's frame F. With delays above 1, it still gives the history's last frames first.
+        It ends with the step that hears the user's frame F - 1, and returns what that step gives: frame
+        F - max(delays), if there is one. Next comes `step` with the user's frame F.
         """
         frames, initial = codes.shape[-1], self.moshi.initial
         if self.steps:
@@ -462,7 +464,7 @@ class MoshiGen:
         if codes.shape[:2] != self.cache.shape[:2]:
             raise ValueError(f"prefill takes codes [{len(self.cache)}, {1 + self.config.n_q}, frames]")
         if not frames:
-            return
+            return None
         delayed = delay(codes, self.config.delays, initial)
         start = initial[:, None].expand(len(codes), -1, 1)
         self.moshi.temporal(torch.cat([start, delayed[..., :-1]], dim=-1), self.state)
@@ -473,7 +475,7 @@ class MoshiGen:
             for k, shift in enumerate(self.config.delays):
                 if 0 <= position - 1 - shift < frames:
                     self.cache[:, k, position % self.cache.shape[-1]] = codes[:, k, position - 1 - shift]
-        self.step(codes[:, self.own :, -1:])  # the step that hears the user's last frame
+        return self.step(codes[:, self.own :, -1:])
 
 
 # -------------------------------------------------------------------------------------------------- checkpoints

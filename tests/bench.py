@@ -1,0 +1,266 @@
+"""Times and memory, ours beside the official package: `python tests/bench.py [--full] [--device cuda]`.
+
+Both run in this process on the same weights, by turns and in alternating order, so that a busy machine slows both.
+A row gives the medians in milliseconds and ours over theirs. Nothing is asserted: numbers depend on the machine.
+
+  Mimi   the released size with random weights: encode and decode of 10 s at once, and by the frame of 80 ms
+  Moshi  milliseconds a step; a small shape, or with --full the 7B's (bfloat16; both models share one set of weights:
+         15.4 GB, and 1.6 GB of ring for each), with a nearly empty and with a full window
+  memory the peak of a process that makes the model and runs a few steps, one process for each
+"""
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+
+SMALL = {"dim": 512, "num_heads": 8, "num_layers": 8, "context": 750, "depformer_dim": 256, "depformer_num_heads": 4,
+         "depformer_dim_feedforward": int(4.125 * 256)}
+
+
+def arguments():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="Moshi at the 7B shape, in bfloat16")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--only", choices=["mimi", "moshi", "memory"])
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--rounds", type=int, help="measurements of each, after a first one that is dropped")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)  # the child process: "ours moshi", "official mimi", ...
+    return parser.parse_args()
+
+
+args = arguments()
+if args.device == "cuda":  # there the official package runs as it is meant to: compiled, and with CUDA graphs
+    os.environ.update(NO_TORCH_COMPILE="", NO_CUDA_GRAPH="")
+else:
+    os.environ.update(NO_TORCH_COMPILE="1", NO_CUDA_GRAPH="1")
+
+import torch  # noqa: E402
+from reference import LMGen, loaders, official_mimi, save  # noqa: E402
+
+import moshi_min  # noqa: E402
+from mimi_min import MimiConfig, init_state, load_mimi  # noqa: E402
+from moshi_min import Moshi, MoshiConfig, MoshiGen  # noqa: E402
+
+ROWS = []
+
+
+def sync():
+    """Wait for the device, so that the clock sees all of the work."""
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def race(name, ours, official, rounds):
+    """Time two functions by turns, in alternating order, and print their medians."""
+    times = {"ours": [], "official": []}
+    for i in range(rounds + 1):
+        pair = [("ours", ours), ("official", official)]
+        for who, function in pair if i % 2 else reversed(pair):
+            sync()
+            start = time.perf_counter()
+            function()
+            sync()
+            if i:  # the first round warms up
+                times[who].append(1000 * (time.perf_counter() - start))
+    mine, theirs = (statistics.median(times[who]) for who in ("ours", "official"))
+    row(name, f"{mine:.1f} ms", f"{theirs:.1f} ms", mine / theirs)
+
+
+def row(name, ours, official, ratio):
+    """A line of the table."""
+    print(f"| {name:<44} | {ours:>10} | {official:>10} | {ratio:>5.2f} |", flush=True)
+
+
+# ---- Mimi ------------------------------------------------------------------------------------------------------
+
+
+def make_mimi():
+    """(ours, official) of the released size on random weights, 8 codebooks."""
+    official = official_mimi(loaders._mimi_config, device=args.device, num_codebooks=8)
+    with tempfile.TemporaryDirectory() as folder:
+        return load_mimi(save(official, Path(folder) / "mimi.safetensors"), MimiConfig(), 8, args.device), official
+
+
+@torch.no_grad()
+def bench_mimi():
+    """Whole recordings of 10 s, then a stream by the frame."""
+    ours, official = make_mimi()
+    pcm = torch.randn(1, 1, 240000, device=args.device) * 0.1
+    codes = official.encode(pcm)
+    rounds = args.rounds or 5
+    race("Mimi encode, 10 s at once", lambda: ours.encode(pcm), lambda: official.encode(pcm), rounds)
+    race("Mimi decode, 10 s at once", lambda: ours.decode(codes), lambda: official.decode(codes), rounds)
+    rounds = args.rounds or 60
+    state, frame, code = init_state(ours, 1), pcm[..., :1920], codes[..., :1]
+    with official.streaming(1):
+        race("Mimi encode, a frame of a stream", lambda: ours.encode(frame, state), lambda: official.encode(frame),
+             rounds)
+        race("Mimi decode, a frame of a stream", lambda: ours.decode(code, state), lambda: official.decode(code),
+             rounds)
+
+
+# ---- Moshi -----------------------------------------------------------------------------------------------------
+
+
+def moshi_config():
+    """The official configuration that is measured, and its dtype."""
+    small = loaders._lm_kwargs | SMALL
+    return (loaders._lm_kwargs, torch.bfloat16) if args.full else (small, torch.float32)
+
+
+@torch.no_grad()
+def fill(tensor, scale):
+    """Random numbers, quickly: one block of them again and again."""
+    block = (torch.randn(1 << 20) * scale).to(tensor)
+    flat = tensor.view(-1)
+    for start in range(0, len(flat), len(block)):
+        flat[start:start + len(block)] = block[:len(flat) - start]
+
+
+def make_moshi():
+    """Ours, with random weights of a sensible size made where they stay."""
+    config, dtype = moshi_config()
+    with torch.device("meta"):
+        moshi = Moshi(MoshiConfig.from_dict(config)).to(dtype)
+    moshi = moshi.to_empty(device=args.device).eval().requires_grad_(False)
+    for name, parameter in moshi.named_parameters():
+        if parameter.dim() == 3 and parameter.shape[:2] == (1, 1):
+            parameter.fill_(1.0)  # a norm
+        else:
+            fill(parameter, parameter.shape[-1] ** -0.5)
+    return moshi
+
+
+def share_weights(moshi):
+    """The official model on the very same memory: its weights are ours, or slices of our stacked ones."""
+    config, dtype = moshi_config()
+    official = loaders.get_moshi_lm(None, config, device="meta", dtype=dtype)
+    names, shared = moshi_min._moshi_names(moshi), {}
+    for ours, tensor in moshi.state_dict().items():
+        pieces = enumerate(tensor) if "{k}" in names[ours] else [(0, tensor)]
+        shared.update({names[ours].format(k=k): piece for k, piece in pieces})
+    official.load_state_dict(shared, assign=True)
+    return official.eval().requires_grad_(False)
+
+
+def set_position(module, position):
+    """Make a streaming official model believe that it has run for `position` steps."""
+    for part in module.modules():
+        state = getattr(part, "_streaming_state", None)
+        for counter in (getattr(state, "offset", None), getattr(state, "offsets", None),
+                        getattr(getattr(state, "kv_cache", None), "end_offset", None)):
+            if counter is not None and not getattr(part, "_streaming_detached", False):
+                counter.fill_(position)
+
+
+@torch.no_grad()
+def bench_moshi():
+    """A step with a nearly empty window, then with a full one."""
+    moshi = make_moshi()
+    official = share_weights(moshi)
+    config = moshi.config
+    shape = "7B bf16" if args.full else "small f32"
+    user = torch.randint(config.card, (1, config.n_q - config.dep_q, 1), device=args.device)
+    rounds = args.rounds or (5 if args.full else 30)
+    ours, theirs = MoshiGen(moshi), LMGen(official)
+    with theirs.streaming(1):
+        for _ in range(2):  # CUDA: eager once, then captured
+            ours.step(user), theirs.step(user)
+        race(f"Moshi {shape}, a step, window nearly empty", lambda: ours.step(user), lambda: theirs.step(user), rounds)
+        ours.state[moshi.transformer]["position"].fill_(config.context + 7)
+        set_position(official.transformer, config.context + 7)
+        race(f"Moshi {shape}, a step, window full", lambda: ours.step(user), lambda: theirs.step(user), rounds)
+    if args.device == "cuda":
+        floor(moshi)
+
+
+def floor(moshi):
+    """On a GPU a step can't be faster than reading the weights once: their bytes over the bandwidth of a copy."""
+    embeddings = sum(p.nbytes for n, p in moshi.named_parameters() if "emb" in n)
+    weights = sum(p.nbytes for p in moshi.parameters()) - embeddings
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=args.device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(10):
+        sync()
+        start = time.perf_counter()
+        target.copy_(source)
+        sync()
+        times.append(time.perf_counter() - start)
+    bandwidth = 2 * source.nbytes / statistics.median(times)  # read and written
+    print(f"memory floor of a step: {weights / 1e9:.2f} GB of weights / {bandwidth / 1e9:.0f} GB/s = "
+          f"{1000 * weights / bandwidth:.1f} ms")
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure(who, what):
+    """In a process of its own: make one model, run it for 20 steps (5 at the full shape), print the peak in bytes."""
+    if what == "mimi":
+        ours, official = make_mimi()
+        pcm = torch.randn(1, 1, 240000, device=args.device) * 0.1
+        if who == "ours":
+            del official
+            ours.decode(ours.encode(pcm))
+        else:
+            del ours
+            official.decode(official.encode(pcm))
+    else:
+        moshi = make_moshi()
+        config = moshi.config
+        user = torch.zeros(1, config.n_q - config.dep_q, 1, dtype=torch.long, device=args.device)
+        if who == "ours":
+            sampler = MoshiGen(moshi)
+            steps = [sampler.step(user) for _ in range(5 if args.full else 20)]
+        else:
+            sampler = LMGen(share_weights(moshi))
+            with sampler.streaming(1):
+                steps = [sampler.step(user) for _ in range(5 if args.full else 20)]
+        assert steps[-1] is not None
+    if args.device == "cuda":
+        print(torch.cuda.max_memory_allocated())
+    else:  # of this program alone: ru_maxrss would count the parent's memory at the fork too
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        print(1024 * int(status["VmHWM"].split()[0]))
+
+
+def bench_memory():
+    """Peak memory, of the process on the CPU (torch and the packages included), of the allocator on CUDA."""
+    for what in ("mimi", "moshi"):
+        peaks = []
+        for who in ("ours", "official"):
+            command = [sys.executable, __file__, "--measure", f"{who} {what}", "--device", args.device]
+            done = subprocess.run(command + ["--full"] * args.full, capture_output=True, text=True)
+            if done.returncode:
+                print(f"{who} {what}: failed ({done.stderr.strip()[-200:]})")
+                return
+            peaks.append(int(done.stdout.splitlines()[-1]))
+        size = [f"{peak / 1e9:.2f} GB" for peak in peaks]
+        row(f"{'Mimi, 10 s' if what == 'mimi' else 'Moshi'}, peak memory of a process", *size, peaks[0] / peaks[1])
+
+
+def main():
+    """Print the table."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.measure:
+        return measure(*args.measure.split())
+    place = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {place}\n")
+    print(f"| {'':<44} | {'ours':>10} | {'official':>10} | {'ratio':>5} |\n|{'-' * 46}|{'-' * 12}|{'-' * 12}|{'-' * 7}|")
+    for name, function in (("mimi", bench_mimi), ("moshi", bench_moshi), ("memory", bench_memory)):
+        if args.only in (None, name):
+            function()
+
+
+if __name__ == "__main__":
+    main()

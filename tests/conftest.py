@@ -1,0 +1,82 @@
+"""What all tests share: where they run, the cuda marker, and a loud word when a reference is missing."""
+import importlib.util
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+# The official package compiles and captures on CUDA by itself; the reference stays eager, so that it is plain.
+os.environ.setdefault("NO_TORCH_COMPILE", "1")
+os.environ.setdefault("NO_CUDA_GRAPH", "1")
+torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cudnn.allow_tf32 = False
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+REFERENCES = ("moshi", "transformers")
+NO_GPU = "no CUDA device on this machine"
+# One case for each place and precision where a test of the language model runs.
+PLACES = {"cpu": ("cpu", torch.float32), "cpu-bf16": ("cpu", torch.bfloat16),
+          "cuda": ("cuda", torch.float32), "cuda-bf16": ("cuda", torch.bfloat16)}
+
+
+def missing_references():
+    """The reference packages that are not installed."""
+    return [name for name in REFERENCES if importlib.util.find_spec(name) is None]
+
+
+def pytest_configure(config):
+    """Register the marker that selects what needs a GPU: `pytest -m cuda`."""
+    config.addinivalue_line("markers", "cuda: runs on a CUDA device, is skipped where there is none")
+
+
+def pytest_report_header(config):
+    """Say at the top what this run compares with, and where."""
+    files = [ROOT / name for name in ("mimi_min.py", "moshi_min.py", "generate.py")]
+    lines = [len(path.read_text().splitlines()) if path.exists() else 0 for path in files]
+    missing = ", ".join(missing_references())
+    return [f"references: {'MISSING: ' + missing if missing else ', '.join(REFERENCES)}; "
+            f"CUDA: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}; "
+            f"lines: {' + '.join(map(str, lines))} = {sum(lines)} of 1,500"]
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Nobody should read a green line as proof when nothing was compared."""
+    if missing_references():
+        terminalreporter.section("NOT COMPARED", red=True, bold=True)
+        terminalreporter.line(f"not installed: {', '.join(missing_references())}. The tests that compare with them "
+                              "were skipped; `make test` installs them.")
+    if not torch.cuda.is_available():
+        terminalreporter.line(f"tests marked cuda were skipped: {NO_GPU}")
+
+
+def case(name):
+    """A parameter of a test: the name of a place, marked if it needs a GPU."""
+    return pytest.param(name, marks=pytest.mark.cuda) if name.startswith("cuda") else name
+
+
+@pytest.fixture(params=[case("cpu"), case("cuda")])
+def device(request):
+    """Where a float32 test runs."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip(NO_GPU)
+    return request.param
+
+
+@pytest.fixture(params=[case(name) for name in PLACES])
+def place(request):
+    """Where and in what precision a test of the language model runs: (device, dtype)."""
+    if request.param.startswith("cuda") and not torch.cuda.is_available():
+        pytest.skip(NO_GPU)
+    return PLACES[request.param]
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """Every test starts from the same random numbers."""
+    torch.manual_seed(1234)

@@ -1,0 +1,185 @@
+"""Breaks the code on purpose, one line at a time, and says which breaks the tests notice: `python tests/mutations.py`.
+
+A test that cannot fail proves nothing. Each mutation is a small text change in a copy of the tree, on which the tests
+of that file run until the first failure. Not part of the test suite (it takes a few minutes). Words as arguments
+choose the mutations whose description contains one of them. Exit code 1 if one goes unnoticed.
+"""
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# (what breaks, the text as it stands (once in the file), what it becomes)
+MIMI = [
+    ("rope turns the other way", "real * cos - imaginary * sin, real * sin + imaginary * cos",
+     "real * cos + imaginary * sin, imaginary * cos - real * sin"),
+    ("rope pairs the halves", "x.float().unflatten(-1, (-1, 2)).unbind(-1)", "x.float().chunk(2, -1)"),
+    ("rope's angles", "-math.log(max_period) * 2 / head_dim", "-math.log(max_period) / head_dim"),
+    ("window one too wide", "(age < context)", "(age <= context)"),
+    ("window one too narrow", "(age < context)", "(age < context - 1)"),
+    ("no causal mask", "(age >= 0) & (age < context)", "(age < context)"),
+    ("empty slots are seen", " & (key_positions >= 0)", ""),
+    ("ring one too small", "self.ring_size = context + step - 1", "self.ring_size = context"),
+    ("ring forgets a step", "last = position + length - 1", "last = position + length"),
+    ("position does not move", "position += length", "position += 0"),
+    ("zeros before the downsampling", "bias=False, repeat_first=True)", "bias=False, repeat_first=False)"),
+    ("first input repeated for ever", 'state[self]["started"].fill_(True)', 'state[self]["started"].fill_(False)'),
+    ("padding on the right", "x = torch.cat([past.expand(len(x), self.in_channels, self.padding_left), x], dim=-1)",
+     "x = torch.cat([x, past.expand(len(x), self.in_channels, self.padding_left)], dim=-1)"),
+    ("wrong end of the chunk kept", "copy_(x[..., -self.padding_left:])", "copy_(x[..., :self.padding_left])"),
+    ("transposed conv forgets its tail", 'state[self]["tail"].copy_(later[:, -1:])', "pass"),
+    ("transposed conv keeps the bias in its tail", 'state[self]["tail"].copy_(later[:, -1:])',
+     'state[self]["tail"].copy_(later[:, -1:] + (0 if self.bias is None else self.bias[:, None]))'),
+    ("transposed conv drops the left", "super().forward(x)[..., :-self.stride[0]]",
+     "super().forward(x)[..., self.stride[0]:]"),
+    ("transposed conv halves swapped", "now, later = parts.view", "later, now = parts.view"),
+    ("residual without its input", "return x + self.conv2(", "return self.conv2("),
+    ("an activation too few", "x = residual(up(F.elu(x), state), state)", "x = residual(up(x, state), state)"),
+    ("approximate GELU", "F.gelu(self.linear1(x))", 'F.gelu(self.linear1(x), approximate="tanh")'),
+    ("no LayerScale", "return self.scale * x", "return x"),
+    ("norms swapped", "self.feed_forward(self.norm2(x))", "self.feed_forward(self.norm1(x))"),
+    ("no floor under the usage", "self.cluster_usage.clamp(min=1e-5)", "self.cluster_usage.clamp(min=1e-9)"),
+    ("farthest centroid's half lost", 'centroids.pow(2).sum(1) / 2}', 'centroids.pow(2).sum(1)}'),
+    ("acoustic codebooks all quantize the same", "residual = residual - codebook.decode(codes[-1], state)",
+     "residual = residual - 0 * codebook.decode(codes[-1], state)"),
+    ("acoustic after semantic, not beside it", "codes = torch.cat([codes, self.acoustic.encode(z,",
+     "codes = torch.cat([codes, self.acoustic.encode(z - self.semantic.decode(codes, state),"),
+    ("one codebook too few decoded", "self.acoustic.decode(codes[:, 1:], state)",
+     "self.acoustic.decode(codes[:, 1:-1], state)"),
+    ("encoder's ratios in the decoder's order", "ratios = config.ratios[::-1]", "ratios = config.ratios"),
+    ("the wave is padded in front", "F.pad(pcm, (0, missing))", "F.pad(pcm, (missing, 0))"),
+    ("extra tensors are let through", "    if unused:\n", "    if False:\n"),
+    ("shapes are not checked", "if stored != shape:", "if False:"),
+    ("older names not read", "older in unused:", "False:"),
+]
+
+MOSHI = [
+    ("norm in the model's own precision", "wide = x.float()", "wide = x"),
+    ("another epsilon", "torch.rsqrt(1e-8 + ", "torch.rsqrt(1e-3 + "),
+    ("gate and up swapped", "gate, up = x.chunk(2, dim=-1)", "up, gate = x.chunk(2, dim=-1)"),
+    ("the rule for 4 * dim", "21 * dim // 8 if feedforward == 4 * dim else 2 * feedforward // 3",
+     "2 * feedforward // 3"),
+    ("-1 is a token", "torch.where((tokens == NO_INPUT)[..., None], 0, ", "torch.where((tokens < -9)[..., None], 0, "),
+    ("depth sees later codebooks", "is_causal=past is None", "is_causal=False"),
+    ("depth query heads share otherwise", "grouped = self.num_kv_heads != self.num_heads\n        y = ",
+     "k, v = (t.repeat(1, self.num_heads // self.num_kv_heads, 1, 1) for t in (k, v)); grouped = False\n        y = "),
+    ("depth norms swapped", "codebook_linear(self.norm2(x), ", "codebook_linear(self.norm1(x), "),
+    ("depth reads one table later", "self.audio_emb[k - 1] if k else", "self.audio_emb[k - 2] if k else"),
+    ("a codebook's weights for another, stepwise", "slice(k, k + 1), past)[0]",
+     "slice(min(k + 1, self.num_codebooks - 1), min(k + 1, self.num_codebooks - 1) + 1), past)[0]"),
+    ("depth forgets the codebooks before", "k, v = torch.cat(past, dim=3)", "k, v = past[-1]"),
+    ("delay by one more", "codes[:, k, : max(length - shift, 0)]], dim=-1))",
+     "codes[:, k, : max(length - shift, 0)]], dim=-1).roll(int(shift > 1), -1))"),
+    ("undelay by one less", "+ torch.tensor(delays, device=x.device)[:, None]",
+     "+ torch.tensor(delays, device=x.device)[:, None].clamp(max=2)"),
+    ("mask of what ran out lost", "mask = (steps < length)", "mask = (steps < length + 1)"),
+    ("text and audio start alike", "torch.tensor([config.text_card] + [config.card]",
+     "torch.tensor([config.card] + [config.card]"),
+    ("a stream's table for another", "embed(table.weight, tokens[:, 1 + k]) for k, table in",
+     "embed(table.weight, tokens[:, max(k, 1)]) for k, table in"),
+    ("no out_norm", "hidden = self.out_norm(self.transformer(", "hidden = (self.transformer("),
+    ("forward without initial tokens", "torch.cat([start, delayed[..., :-1]], dim=-1))\n        text,",
+     "torch.cat([delayed[..., :1], delayed[..., :-1]], dim=-1))\n        text,"),
+    ("unknown targets count", "audio_mask & known[:, 1:]", "audio_mask"),
+    ("depth of undelayed codes", "self.depth(hidden, delayed)", "self.depth(hidden, codes)"),
+    ("padding weighs as words do", "torch.where(is_padding, text_padding_weight, 1.0)",
+     "torch.where(is_padding, 1.0, 1.0)"),
+    ("EPAD is no padding", " | (text == config.existing_text_end_padding_id)", ""),
+    ("the wrong codebook weighs more", "audio_weights[:, 0] = ", "audio_weights[:, 1] = "),
+    ("mean over the number, not the weights", "/ weights[mask].sum()", "/ mask.sum()"),
+    ("temperature after softmax", "torch.softmax(logits.float() / temp, dim=-1)",
+     "torch.softmax(logits.float(), dim=-1) / temp"),
+    ("noise by token, not by rank", "choice = (top / torch.empty_like(top).exponential_(1)).argmax(dim=-1, keepdim=True)",
+     "choice = (top / torch.empty_like(top).exponential_(1).gather(-1, tokens.argsort(-1))).argmax(-1, keepdim=True)"),
+    ("top-k of the text for audio", "sample(logits, self.temp, self.top_k) if k",
+     "sample(logits, self.temp, self.top_k_text) if k"),
+    ("user one step late", "where = (self.offset + self.delays[own:]) % columns",
+     "where = (self.offset + 1 + self.delays[own:]) % columns"),
+    ("initial tokens a step too short", "self.offset <= self.delays", "self.offset < self.delays"),
+    ("forced tokens draw no numbers", "            token = sample(logits, self.temp, self.top_k) if k else",
+     "            if (forced[:, k] != UNGENERATED).all():\n                made.append(forced[:, k])\n"
+     "                continue\n            token = sample(logits, self.temp, self.top_k) if k else"),
+    ("forced only after the loop", "made.append(torch.where(forced[:, k] == UNGENERATED, token, forced[:, k]))",
+     "made.append(token)"),
+    ("realigned by one too few", "where = (self.offset - self.max_delay + self.delays[:own])",
+     "where = (self.offset - self.max_delay + self.delays[:own].clamp(max=3))"),
+    ("columns are not cleared", "self.cache.index_fill_(2, (now + self.max_delay + 1) % columns, UNGENERATED)", "pass"),
+    ("a step speaks too early", "if self.steps > self.max_delay else None", "if self.steps >= self.max_delay else None"),
+    ("reset keeps the memory", "                tensor.zero_()\n        self.cache.fill_(UNGENERATED)",
+     "                pass\n        self.cache.fill_(UNGENERATED)"),
+    ("reset keeps the tokens", "        self.cache.fill_(UNGENERATED)\n        self.offset.zero_()",
+     "        self.offset.zero_()"),
+    ("prefill at another offset", "self.offset.fill_(frames)", "self.offset.fill_(frames + 1)"),
+    ("prefill leaves no forced tokens", "for position in range(max(0, frames - self.max_delay), frames + self.max_delay + 1):",
+     "for position in range(max(0, frames - self.max_delay), frames):"),
+    ("prefill hears the user a frame early", "self.step(codes[:, self.own :, -1:])",
+     "self.step(codes[:, self.own :, -2:-1] if frames > 1 else codes[:, self.own :, -1:])"),
+    ("depth decoder inherits nothing", '"depformer_kv_repeat": official.get("kv_repeat", 1)', '"depformer_kv_repeat": 1'),
+    ("depth feed-forward has a width of its own",
+     'fields["depformer_dim_feedforward"] = int(fields["hidden_scale"] * fields["depformer_dim"])',
+     'fields["depformer_dim_feedforward"] = int(4.125 * fields["depformer_dim"])'),
+]
+
+SHARED = [  # in mimi_min.py, but Moshi uses it otherwise: grouped queries, a ring without a spare slot
+    ("query heads share keys otherwise", "grouped = self.num_kv_heads != self.num_heads",
+     "k, v = (t.repeat(1, self.num_heads // self.num_kv_heads, 1, 1) for t in (k, v)); grouped = False"),
+    ("keys rotated, queries not", "q, k = rope(qk, window.cos, window.sin).split([self.num_heads, self.num_kv_heads], dim=1)",
+     "q, k = (rope(qk, window.cos, window.sin) if i else qk for i in (0, 1)); q = q[:, :self.num_heads]; "
+     "k = k[:, self.num_heads:]"),
+    ("loading reads it all into memory", "tensor = file.get_tensor(name)", "tensor = file.get_tensor(name).clone()"),
+    ("codebooks stacked in the wrong order", "for k in range(shape[0])])", "for k in reversed(range(shape[0]))])"),
+]
+
+RUNS = [("mimi_min.py", MIMI, "tests/test_mimi.py"), ("moshi_min.py", MOSHI, "tests/test_moshi.py"),
+        ("mimi_min.py", SHARED, "tests/test_moshi.py")]
+
+
+def run_tests(tree, test):
+    """None if all tests pass in this tree, else the first failure's line."""
+    done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "-m",
+                           "not cuda", "-k", "not released", test],
+                          cwd=tree, capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failures[0] if failures else (done.stdout + done.stderr).strip()[-300:]
+
+
+def main():
+    """Apply each mutation in a copy and print what came of it."""
+    words, unnoticed = sys.argv[1:], []
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for name in ("mimi_min.py", "moshi_min.py", "generate.py", "pyproject.toml"):
+            if (ROOT / name).exists():
+                shutil.copy(ROOT / name, tree / name)
+        shutil.copytree(ROOT / "tests", tree / "tests")
+        for file, mutations, test in RUNS:
+            chosen = [m for m in mutations if not words or any(word in m[0] for word in words)]
+            if not chosen:
+                continue
+            before = run_tests(tree, test)
+            assert before is None, f"{test} fails without any mutation: {before}"
+            source = (ROOT / file).read_text()
+            for what, old, new in chosen:
+                if source.count(old) != 1:
+                    print(f"STALE     {file} {what}: {source.count(old)} places read {old!r}")
+                    unnoticed.append(f"{file}: {what} (stale)")
+                    continue
+                (tree / file).write_text(source.replace(old, new))
+                start = time.time()
+                caught = run_tests(tree, test)
+                unnoticed += [] if caught else [f"{file}: {what}"]
+                print(f"{'caught   ' if caught else 'UNNOTICED'} {file} {what} ({time.time() - start:.0f} s) "
+                      f"{caught.split(' - ')[0] if caught else ''}", flush=True)
+            (tree / file).write_text(source)
+    print(f"unnoticed: {unnoticed}" if unnoticed else "every break was noticed")
+    return 1 if unnoticed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

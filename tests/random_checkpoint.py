@@ -1,0 +1,138 @@
+"""A small random checkpoint in the official folder format: `python tests/random_checkpoint.py FOLDER`.
+
+It babbles. But everything in it matters: codebooks, usages, LayerScales and norms are random too, so that sound comes
+out and no part can be left away unnoticed. The official package opens the same folder.
+"""
+import argparse
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import sentencepiece
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mimi_min import Mimi, MimiConfig, save_mimi  # noqa: E402
+from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, Moshi, MoshiConfig, save_moshi  # noqa: E402
+
+SENTENCES = """Hello, what can I do for you today? I am listening while I speak, and I speak while I am listening.
+The codec turns sound into a few small numbers, twelve and a half times a second, and back again.
+One transformer runs over time, a smaller one over the codebooks of a frame. A word comes just before its sound.
+Nothing here was ever trained, so please do not expect an answer that makes sense. It is only a random model."""
+
+# The official Mimi configuration, sizes small; the rates are the released ones.
+MIMI = {
+    "sample_rate": 24000, "channels": 1, "frame_rate": 12.5,
+    "seanet": {
+        "channels": 1, "dimension": 64, "causal": True, "n_filters": 8, "n_residual_layers": 1, "activation": "ELU",
+        "compress": 2, "dilation_base": 2, "disable_norm_outer_blocks": 0, "kernel_size": 7,
+        "residual_kernel_size": 3, "last_kernel_size": 3, "norm": "none", "pad_mode": "constant",
+        "ratios": [8, 6, 5, 4], "true_skip": True},
+    "quantizer": {"dimension": 16, "n_q": 10, "bins": 64, "input_dimension": 64, "output_dimension": 64},
+    "transformer": {
+        "d_model": 64, "num_heads": 4, "num_layers": 2, "causal": True, "layer_scale": 0.01, "context": 250,
+        "conv_layout": True, "max_period": 10000, "gating": "none", "norm": "layer_norm",
+        "positional_embedding": "rope", "dim_feedforward": 128, "input_dimension": 64, "output_dimensions": [64]}}
+
+# The official configuration of the language model, sizes small; streams and delays are the released ones.
+MOSHI = {
+    "dim": 64, "text_card": 320, "existing_text_padding_id": 3, "n_q": 16, "dep_q": 8, "card": 64, "num_heads": 4,
+    "num_layers": 3, "hidden_scale": 4.125, "causal": True, "layer_scale": None, "context": 100, "max_period": 10000,
+    "gating": "silu", "norm": "rms_norm_f32", "positional_embedding": "rope", "depformer_dim": 32,
+    "depformer_dim_feedforward": 132, "depformer_num_heads": 4, "depformer_num_layers": 2,
+    "depformer_layer_scale": None, "depformer_multi_linear": True, "depformer_context": 8,
+    "depformer_max_period": 10000, "depformer_gating": "silu", "depformer_pos_emb": "none",
+    "depformer_weights_per_step": True, "delays": [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1]}
+
+
+@torch.no_grad()
+def random_mimi(config: MimiConfig) -> Mimi:
+    """A Mimi with random codebooks, usages and LayerScales, whose codebooks fit its latent."""
+    mimi = Mimi(config).eval()
+    for name, weight in mimi.named_parameters():
+        if "scale" in name:
+            weight.uniform_(0.2, 0.6)
+        elif "norm" in name and name.endswith("weight"):
+            weight.uniform_(0.7, 1.3)
+        elif weight.dim() == 3:  # a convolution
+            fan_in = weight[0].numel()
+            if ".ups." in name:
+                fan_in = 2 * weight.shape[0]
+            elif name.startswith("upsample"):
+                fan_in = 2
+            weight.normal_(std=1.3 / math.sqrt(fan_in))
+    noise = torch.randn(1, 1, 10 * config.frame_size) * 0.3
+    latent = mimi.to_latent(noise)
+    for part in (mimi.quantizer.semantic, mimi.quantizer.acoustic):
+        size = part.input_proj(latent).std()
+        for number, codebook in enumerate(part.codebooks):
+            codebook.cluster_usage.uniform_(0.5, 3)
+            centroids = torch.randn_like(codebook.embedding_sum) * size * 0.7**number
+            codebook.embedding_sum.copy_(centroids * codebook.cluster_usage[:, None])
+    loudness = mimi.decode(mimi.encode(noise)).std()
+    mimi.decoder.last.weight *= 0.1 / loudness
+    mimi.decoder.last.bias *= 0.1 / loudness
+    return mimi
+
+
+@torch.no_grad()
+def random_moshi(config: MoshiConfig) -> Moshi:
+    """A Moshi with random norms, whose logits are far enough apart that greedy and sampled tokens differ."""
+    moshi = Moshi(config).eval()
+    for name, weight in moshi.named_parameters():
+        if name.endswith("alpha"):
+            weight.uniform_(0.7, 1.3)
+        elif "emb" in name:
+            weight.normal_(std=0.5)
+    moshi.text_linear.weight *= 3
+    # As in a trained one, most text tokens are PAD: give its logit a push along the mean hidden state.
+    tokens = torch.randint(config.card, (1, 1 + config.n_q, 64))
+    hidden = moshi.temporal(tokens)[0].mean((0, 1))
+    moshi.text_linear.weight[config.existing_text_padding_id] += 4 * hidden / hidden.pow(2).sum()
+    moshi.depth_decoder.output_proj *= 2
+    return moshi
+
+
+def make_tokenizer(path: Path, size: int) -> None:
+    """A SentencePiece model of `size` pieces, single bytes among them: unk 0, bos 1, eos 2, pad 3 as released."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES.splitlines()), model_writer=model, vocab_size=size, model_type="bpe",
+        byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=3, minloglevel=2)
+    path.write_bytes(model.getvalue())
+
+
+def make_random_checkpoint(folder, released_mimi: bool = False, seed: int = 0, lm_gen_config: dict | None = None,
+                           stt_config: dict | None = None, tokenizer: bool = True, **changes) -> Path:
+    """Writes the folder. `changes` are official keys of the language model; `released_mimi` takes Mimi's full size."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**MOSHI, **changes}
+    mimi_config = MimiConfig() if released_mimi else MimiConfig.from_dict(MIMI)
+    config["card"] = mimi_config.codebook_size
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        save_mimi(random_mimi(mimi_config), folder / MIMI_FILE)
+        save_moshi(random_moshi(MoshiConfig.from_dict(config)), folder / MOSHI_FILE)
+    if not released_mimi:
+        (folder / "mimi_config.json").write_text(json.dumps(MIMI, indent=1))
+        config["mimi_config_name"] = "mimi_config.json"
+    if tokenizer:
+        make_tokenizer(folder / TOKENIZER_FILE, config["text_card"])
+    config["model_type"] = "moshi"
+    for key, value in (("lm_gen_config", lm_gen_config), ("stt_config", stt_config)):
+        if value is not None:
+            config[key] = value
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    return folder
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder")
+    parser.add_argument("--released-mimi", action="store_true", help="Mimi in its released size (320 MB)")
+    args = parser.parse_args()
+    print("wrote", make_random_checkpoint(args.folder, args.released_mimi))
