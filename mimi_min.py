@@ -1,19 +1,20 @@
 """Mimi, the codec of Moshi: 24 kHz sound <-> 12.5 frames a second of a few small integers, in one file.
 
-    sound [B, 1, T] -> SEANet encoder (convolutions, 25 Hz) -> transformer -> downsample (12.5 Hz) -> latent [B, D, F]
+    sound [B, 1, T] -> SEANet encoder (25 Hz) -> transformer -> downsample (12.5 Hz) -> latent [B, D, F]
     latent -> split residual vector quantizer -> codes [B, K, F], and all the way back.
 
 What is notable:
 - everything is causal: a frame of 80 ms goes in, its codes come out, nothing waits for the future;
 - the first codebook is semantic (trained to follow a speech recogniser's features), the others are acoustic;
-- one way to stream: `init_state(module, batch)` makes the memory of every module inside, `forward(x, state)` reads
-  and updates it in place, and `state=None` is the whole sequence at once. Both give the same numbers.
+- one way to stream: `init_state(module, batch)` makes the memory of every module inside, `forward(x, state)`
+  reads and updates it in place, and `state=None` is the whole sequence at once. Both give the same numbers.
 
-The model is described in "Moshi: a speech-text foundation model for real-time dialogue" (Défossez et al. 2024,
-arXiv:2410.00037, section 3.3), the reference implementation is `moshi.models.compression.MimiModel`.
+From "Moshi: a speech-text foundation model for real-time dialogue" (Défossez et al. 2024, arXiv:2410.00037,
+section 3.3); the reference implementation is `moshi.models.compression.MimiModel`.
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -27,41 +28,39 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-# ------------------------------------------------------------------------------------------------ configuration
+# ---------------------------------------------------------------------------------------------- configuration
 
 
-def is_size(value) -> bool:
-    """True for a positive int (True itself isn't one)."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+ANY = "any"  # see read_keys
 
 
-def check_sizes(config, may_be_zero: tuple[str, ...] = ()) -> None:
-    """ValueError unless every int and float field of a config dataclass holds a positive number of that kind."""
+def check_numbers(config, may_be_zero: tuple[str, ...] = ()) -> None:
+    """ValueError unless every field of a config dataclass holds positive numbers of its kind."""
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        good = is_size(value) or (field.name in may_be_zero and type(value) is int and value == 0)
-        if field.type == "float":
-            good = good or isinstance(value, float) and 0 < value < math.inf
-        if field.type in ("int", "float") and not good:
-            raise ValueError(f"config: {field.name} cannot be {value!r}, it must be a positive number")
+        value = numbers = getattr(config, field.name)
+        if not field.type.startswith("tuple"):
+            numbers = [value]
+        elif not isinstance(value, (list, tuple)) or not value:
+            numbers = [None]
+        kinds = (int, float) if field.type == "float" else (int,)
+        lowest = 0 if field.name in may_be_zero else 1e-9
+        if not all(type(number) in kinds and lowest <= number < math.inf for number in numbers):
+            raise ValueError(f"config: {field.name} cannot be {value!r}")
 
 
 def read_keys(given: dict, table: dict[str, tuple], what: str) -> dict:
-    """Our fields from official keys. `table`: key -> (our field, or a list of all values known here, or ... for any;
-    the official default, None where there is none). Keys of one field must agree. ValueError names what is wrong."""
-    for key in given.keys() - table.keys():
-        raise ValueError(f"{what}: unknown key {key!r}")
+    """Our fields from official keys. `table`: official key -> (its use, its default). A use is a field of ours
+    (keys of one field must agree), a list of the values that are possible here, or ANY: read and ignored."""
+    if unknown := given.keys() - table.keys():
+        raise ValueError(f"{what}: unknown key {min(unknown)!r}")
     fields: dict = {}
-    for key, (field, default) in table.items():
+    for key, (use, default) in table.items():
+        if use == ANY:
+            continue
         value = given.get(key, default)
-        if isinstance(field, list):
-            if value not in field:
-                raise ValueError(f"{what}: {key} is {value!r}, but only {field[0]!r} is known here")
-        elif isinstance(field, str):
-            if value is None:
-                raise ValueError(f"{what}: {key} is missing")
-            if fields.setdefault(field, value) != value:
-                raise ValueError(f"{what}: {key} is {value!r} beside {fields[field]!r}, they must be equal")
+        possible = use if isinstance(use, list) else [fields.setdefault(use, value)]
+        if value not in possible:
+            raise ValueError(f"{what}: {key} is {value!r}, but only {possible[0]!r} is possible here")
     return fields
 
 
@@ -72,7 +71,7 @@ class MimiConfig:
     sample_rate: int = 24000  # samples a second
     frame_rate: float = 12.5  # frames of codes a second
     filters: int = 64  # channels of the first convolution, doubled at each stride
-    ratios: tuple[int, ...] = (8, 6, 5, 4)  # strides, in the decoder's order; their product is 960 samples, 25 Hz
+    ratios: tuple[int, ...] = (8, 6, 5, 4)  # strides in the decoder's order; all together 960 samples, 25 Hz
     kernel_size: int = 7  # of the first convolution
     residual_kernel_size: int = 3
     last_kernel_size: int = 3
@@ -87,54 +86,42 @@ class MimiConfig:
     codebook_dim: int = 256
 
     def __post_init__(self):
-        check_sizes(self)
-        if not (isinstance(self.ratios, (list, tuple)) and self.ratios and min(map(is_size, self.ratios))):
-            raise ValueError(f"Mimi config: ratios must be a list of strides, not {self.ratios!r}")
+        check_numbers(self)
         self.ratios = tuple(self.ratios)
+        self.hop_size = math.prod(self.ratios)  # samples that SEANet turns into one vector: 960
+        self.frame_size = int(self.sample_rate / self.frame_rate)  # samples in a frame: 1920
+        self.stride = self.frame_size // self.hop_size  # positions of the transformers in a frame: 2
         if self.latent_dim % (2 * self.num_heads):
-            raise ValueError(f"Mimi config: {self.num_heads} heads cannot share latent_dim {self.latent_dim} evenly")
+            raise ValueError(f"config: {self.num_heads} heads cannot share latent_dim {self.latent_dim}")
         if self.total_codebooks < 2:
-            raise ValueError("Mimi config: it takes 2 codebooks or more")
+            raise ValueError("config: it takes 2 codebooks or more")
         if self.stride < 2 or self.stride * self.hop_size * self.frame_rate != self.sample_rate:
-            raise ValueError(f"Mimi config: a frame_rate of {self.frame_rate} does not fit ratios {self.ratios}")
-
-    @property
-    def frame_size(self) -> int:
-        """Samples in a frame: 1920."""
-        return int(self.sample_rate / self.frame_rate)
-
-    @property
-    def hop_size(self) -> int:
-        """Samples that SEANet turns into one vector: 960."""
-        return math.prod(self.ratios)
-
-    @property
-    def stride(self) -> int:
-        """Positions of the transformers in a frame: 2 (25 Hz against 12.5 Hz)."""
-        return self.frame_size // self.hop_size
+            raise ValueError(f"config: a frame_rate of {self.frame_rate} does not fit ratios {self.ratios}")
 
     @classmethod
     def from_dict(cls, official: dict) -> MimiConfig:
-        """Reads the official JSON (`seanet`, `quantizer`, `transformer`); unknown keys and values raise ValueError."""
+        """Reads the official JSON; unknown keys and impossible values raise ValueError."""
         flat = {}
         for key, value in official.items():
-            flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
+            section = value if isinstance(value, dict) else {}
+            flat.update({f"{key}.{name}": inner for name, inner in section.items()} or {key: value})
         widths = flat.get("transformer.output_dimensions")
         if isinstance(widths, (list, tuple)) and len(widths) == 1:
             flat["transformer.output_dimensions"] = widths[0]
         return cls(**read_keys(flat, _MIMI_KEYS, "Mimi config"))
 
 
-# For `read_keys`: all that the official JSON may say, and what is known of it.
+# For `read_keys`: all that the official JSON may say.
 _MIMI_KEYS: dict[str, tuple] = {
     "sample_rate": ("sample_rate", None), "frame_rate": ("frame_rate", None), "channels": ([1], 1),
     "seanet.channels": ([1], 1), "seanet.dimension": ("latent_dim", 128), "seanet.n_filters": ("filters", 32),
     "seanet.n_residual_layers": ([1], 3), "seanet.ratios": ("ratios", [8, 5, 4, 2]),
     "seanet.activation": (["ELU"], "ELU"), "seanet.activation_params": ([{"alpha": 1.0}], {"alpha": 1.0}),
     "seanet.norm": (["none"], "none"), "seanet.kernel_size": ("kernel_size", 7),
-    "seanet.last_kernel_size": ("last_kernel_size", 7), "seanet.residual_kernel_size": ("residual_kernel_size", 3),
-    "seanet.dilation_base": ([2], 2), "seanet.causal": ([True], False), "seanet.pad_mode": (["constant"], "reflect"),
-    "seanet.true_skip": ([True], True), "seanet.compress": ([2], 2), "seanet.disable_norm_outer_blocks": ([0], 0),
+    "seanet.residual_kernel_size": ("residual_kernel_size", 3),
+    "seanet.last_kernel_size": ("last_kernel_size", 7), "seanet.disable_norm_outer_blocks": ([0], 0),
+    "seanet.dilation_base": ([2], 2), "seanet.causal": ([True], False), "seanet.true_skip": ([True], True),
+    "seanet.pad_mode": (["constant"], "reflect"), "seanet.compress": ([2], 2),
     "quantizer.dimension": ("codebook_dim", 128), "quantizer.input_dimension": ("latent_dim", None),
     "quantizer.output_dimension": ("latent_dim", None), "quantizer.n_q": ("total_codebooks", 8),
     "quantizer.n_q_semantic": ([1], 1), "quantizer.bins": ("codebook_size", 1024),
@@ -147,138 +134,136 @@ _MIMI_KEYS: dict[str, tuple] = {
     "transformer.gating": (["none"], "none"), "transformer.norm": (["layer_norm"], "layer_norm"),
 }
 
-# ---------------------------------------------------------------------------------------------------- streaming
+# -------------------------------------------------------------------------------------------------- streaming
 
 
 def init_state(module: nn.Module, batch_size: int) -> dict:
     """The empty memory of every module inside `module` that has one: {module: {name: tensor}}.
 
-    Pass it as `state` to stream. Each call updates the tensors in place, so that a captured CUDA graph can replay it.
+    Pass it as `state` to stream. A call updates the tensors in place, so that a CUDA graph can replay it.
     """
     return {part: part.new_memory(batch_size) for part in module.modules() if hasattr(part, "new_memory")}
 
 
-class CausalConv1d(nn.Conv1d):
-    """A convolution that sees only the past: kernel - stride samples of padding on the left, none on the right.
+class CausalConv1d(nn.Module):
+    """A convolution that sees only the past: it pads with kernel - stride samples, all of them on the left.
 
-    The padding is zeros or, with `repeat_first`, the first input. While streaming it is the end of the last chunk.
+    They are zeros or, with `repeat_first`, the first input; while streaming, the end of the last chunk.
     [B, C_in, T] -> [B, C_out, T / stride], T a multiple of the stride.
     """
 
-    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, bias: bool = True, repeat_first=False):
-        super().__init__(c_in, c_out, kernel, stride, bias=bias)
-        self.padding_left = kernel - stride
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, bias=True, repeat_first=False):
+        super().__init__()
+        self.conv = nn.Conv1d(c_in, c_out, kernel, stride, bias=bias)
+        self.kernel, self.stride, self.padding = kernel, stride, kernel - stride
         self.repeat_first = repeat_first
 
     def new_memory(self, batch_size: int) -> dict:
         """What the next chunk needs of this one: its last `kernel - stride` inputs."""
-        past = self.weight.new_zeros(batch_size, self.in_channels, self.padding_left)
+        past = self.conv.weight.new_zeros(batch_size, self.conv.in_channels, self.padding)
         return {"past": past, "started": torch.zeros((), dtype=torch.bool, device=past.device)}
 
     def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
-        if self.padding_left:
+        if self.padding:
             past = x.new_zeros(()) if state is None else state[self]["past"]
             if self.repeat_first:
                 past = x[..., :1] if state is None else torch.where(state[self]["started"], past, x[..., :1])
-            x = torch.cat([past.expand(len(x), self.in_channels, self.padding_left), x], dim=-1)
+            x = torch.cat([past.expand(*x.shape[:2], self.padding), x], dim=-1)
             if state is not None:
-                state[self]["past"].copy_(x[..., -self.padding_left:])
+                state[self]["past"].copy_(x[..., -self.padding:])
                 state[self]["started"].fill_(True)
-        kernel, stride = self.kernel_size[0], self.stride[0]
-        if state is None or x.shape[-1] > 2048 * stride:
-            return super().forward(x)
+        if state is None or x.shape[-1] > 2048 * self.stride:
+            return self.conv(x)
         # For the few positions of a frame one matrix product is faster than the convolution kernels.
-        rows = x.unfold(-1, kernel, stride).transpose(1, 2).flatten(2)  # [B, T / stride, C_in * kernel]
-        return F.linear(rows, self.weight.flatten(1), self.bias).transpose(1, 2)
+        rows = x.unfold(-1, self.kernel, self.stride).transpose(1, 2).flatten(2)  # [B, T', C_in * kernel]
+        return F.linear(rows, self.conv.weight.flatten(1), self.conv.bias).transpose(1, 2)
 
 
-class CausalConvTranspose1d(nn.ConvTranspose1d):
+class CausalConvTranspose1d(nn.Module):
     """Upsampling by `stride` with a kernel of 2 * stride, the last `stride` outputs left to the next input.
 
-    Each input makes 2 * stride outputs: the first half lands beside the second half of the input before it. So it is
-    a matrix product and an overlap-add, and all there is to remember is one second half.
+    Each input makes 2 * stride outputs: the first half lands beside the second half of the input before it.
+    So it is a matrix product and an overlap-add, and all there is to remember is one second half.
     [B, C_in, T] -> [B, C_out, T * stride]. `depthwise`: each channel by itself.
     """
 
     def __init__(self, c_in: int, c_out: int, stride: int, bias: bool = True, depthwise: bool = False):
-        super().__init__(c_in, c_out, 2 * stride, stride, bias=bias, groups=c_in if depthwise else 1)
+        super().__init__()
+        self.stride, self.c_out, self.depthwise = stride, c_out, depthwise
+        groups = c_in if depthwise else 1
+        self.convtr = nn.ConvTranspose1d(c_in, c_out, 2 * stride, stride, bias=bias, groups=groups)
 
     def new_memory(self, batch_size: int) -> dict:
         """The second half that the last input left over, without the bias."""
-        return {"tail": self.weight.new_zeros(batch_size, 1, self.out_channels, self.stride[0])}
+        return {"tail": self.convtr.weight.new_zeros(batch_size, 1, self.c_out, self.stride)}
 
     def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
         if state is None:
-            return super().forward(x)[..., :-self.stride[0]]
-        x = x.transpose(1, 2)
-        # [B, T, C_out * 2 * stride]: what each input makes of both halves
-        parts = x[..., None] * self.weight[:, 0] if self.groups > 1 else x @ self.weight.flatten(1)
-        now, later = parts.view(*x.shape[:2], self.out_channels, 2, self.stride[0]).unbind(3)  # [B, T, C_out, stride]
+            return self.convtr(x)[..., :-self.stride]
+        x, weight, bias = x.transpose(1, 2), self.convtr.weight, self.convtr.bias
+        # What each input makes: [B, T, C_out * 2 * stride], then both halves, each [B, T, C_out, stride]
+        parts = x[..., None] * weight[:, 0] if self.depthwise else x @ weight.flatten(1)
+        now, later = parts.view(*x.shape[:2], self.c_out, 2, self.stride).unbind(3)
         y = now + torch.cat([state[self]["tail"], later[:, :-1]], dim=1)
         state[self]["tail"].copy_(later[:, -1:])
         y = y.transpose(1, 2).flatten(2)  # [B, C_out, T * stride]
-        return y if self.bias is None else y + self.bias[:, None]
+        return y if bias is None else y + bias[:, None]
 
 
-# ------------------------------------------------------------------------------------------------------- SEANet
+# ----------------------------------------------------------------------------------------------------- SEANet
 
 
-class ResidualBlock(nn.Module):
-    """SEANet's residual block: x + conv1(ELU(conv3(ELU(x)))), with half the channels inside. [B, C, T] -> the same."""
+class SEANet(nn.Sequential):
+    """Layers in a row (Tagliasacchi et al. 2020, as in EnCodec). All but the activations take the state."""
+
+    def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
+        for layer in self:
+            x = layer(x) if isinstance(layer, nn.ELU) else layer(x, state)
+        return x
+
+
+class ResidualBlock(SEANet):
+    """x + convolutions of x, with half the channels inside. [B, C, T] -> [B, C, T]."""
 
     def __init__(self, channels: int, kernel: int):
-        super().__init__()
-        self.conv1 = CausalConv1d(channels, channels // 2, kernel)
-        self.conv2 = CausalConv1d(channels // 2, channels, 1)
+        super().__init__(nn.ELU(), CausalConv1d(channels, channels // 2, kernel),
+                         nn.ELU(), CausalConv1d(channels // 2, channels, 1))
 
     def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
-        return x + self.conv2(F.elu(self.conv1(F.elu(x), state)), state)
+        return x + super().forward(x, state)
 
 
-class Encoder(nn.Module):
-    """SEANet's encoder (Tagliasacchi et al. 2020, as in EnCodec): sound [B, 1, T] -> [B, D, T / 960]."""
+class Encoder(SEANet):
+    """Sound [B, 1, T] -> [B, D, T / 960]: at each stride half the rate, or less, and twice the channels."""
 
     def __init__(self, config: MimiConfig):
-        super().__init__()
-        ratios = config.ratios[::-1]
-        widths = [config.filters * 2**i for i in range(len(ratios) + 1)]
-        self.first = CausalConv1d(1, widths[0], config.kernel_size)
-        self.residuals = nn.ModuleList(ResidualBlock(width, config.residual_kernel_size) for width in widths[:-1])
-        self.downs = nn.ModuleList(
-            CausalConv1d(width, 2 * width, 2 * ratio, ratio) for width, ratio in zip(widths, ratios))
-        self.last = CausalConv1d(widths[-1], config.latent_dim, config.last_kernel_size)
-
-    def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
-        x = self.first(x, state)
-        for residual, down in zip(self.residuals, self.downs):
-            x = down(F.elu(residual(x, state)), state)
-        return self.last(F.elu(x), state)
+        width = config.filters
+        layers = [CausalConv1d(1, width, config.kernel_size)]
+        for ratio in config.ratios[::-1]:
+            layers += [ResidualBlock(width, config.residual_kernel_size),
+                       nn.ELU(), CausalConv1d(width, 2 * width, 2 * ratio, ratio)]
+            width *= 2
+        super().__init__(*layers, nn.ELU(), CausalConv1d(width, config.latent_dim, config.last_kernel_size))
 
 
-class Decoder(nn.Module):
-    """SEANet's decoder, the encoder in the mirror: [B, D, T] -> sound [B, 1, T * 960]."""
+class Decoder(SEANet):
+    """The encoder in the mirror: [B, D, T] -> sound [B, 1, T * 960]."""
 
     def __init__(self, config: MimiConfig):
-        super().__init__()
-        widths = [config.filters * 2**i for i in range(len(config.ratios), -1, -1)]
-        self.first = CausalConv1d(config.latent_dim, widths[0], config.kernel_size)
-        self.ups = nn.ModuleList(
-            CausalConvTranspose1d(width, width // 2, ratio) for width, ratio in zip(widths, config.ratios))
-        self.residuals = nn.ModuleList(ResidualBlock(width, config.residual_kernel_size) for width in widths[1:])
-        self.last = CausalConv1d(widths[-1], 1, config.last_kernel_size)
-
-    def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
-        x = self.first(x, state)
-        for up, residual in zip(self.ups, self.residuals):
-            x = residual(up(F.elu(x), state), state)
-        return self.last(F.elu(x), state)
+        width = config.filters * 2 ** len(config.ratios)
+        layers = [CausalConv1d(config.latent_dim, width, config.kernel_size)]
+        for ratio in config.ratios:
+            layers += [nn.ELU(), CausalConvTranspose1d(width, width // 2, ratio),
+                       ResidualBlock(width // 2, config.residual_kernel_size)]
+            width //= 2
+        super().__init__(*layers, nn.ELU(), CausalConv1d(width, 1, config.last_kernel_size))
 
 
-# -------------------------------------------------------------------------------------------------- transformer
+# ------------------------------------------------------------------------------------------------ transformer
 
 
 def rotation(positions: Tensor, head_dim: int, max_period: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, head_dim / 2], in float32, of the angles by which `rope` turns each pair of a head."""
+    """Cosines and sines [T, head_dim / 2], float32, of the angles by which `rope` turns pairs."""
     pairs = torch.arange(head_dim // 2, device=positions.device, dtype=torch.float32)
     frequencies = torch.exp(pairs * (-math.log(max_period) * 2 / head_dim))
     angles = positions.float()[:, None] * frequencies
@@ -286,7 +271,7 @@ def rotation(positions: Tensor, head_dim: int, max_period: float) -> tuple[Tenso
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021) of queries or keys x [B, H, T, head_dim], computed in float32.
+    """Rotary position embedding (Su et al. 2021) of queries or keys x [B, H, T, head_dim], in float32.
 
     Neighbours (x0, x1), (x2, x3), ... are the pairs, as in the released weights; others pair the two halves.
     """
@@ -296,7 +281,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal_mask(query_positions: Tensor, key_positions: Tensor, context: int) -> Tensor:
-    """[T, S], True where the query may see the key: itself and the context - 1 before it. Keys below 0 are empty."""
+    """[T, S], True where a query may see a key: itself and context - 1 before it. Keys below 0 are empty."""
     age = query_positions[:, None] - key_positions
     return (age >= 0) & (age < context) & (key_positions >= 0)
 
@@ -307,38 +292,30 @@ class Window(NamedTuple):
     cos: Tensor  # [T, head_dim / 2]
     sin: Tensor
     mask: Tensor  # [T, S], S keys
-    slots: Tensor | None  # [T], where the ring stores these keys and values; None: no ring, the sequence is whole
+    slots: Tensor | None  # [T], where the ring stores these keys and values; None: the sequence is whole
 
 
 class Attention(nn.Module):
     """Causal attention with rotary positions, grouped queries and a sliding window. [B, T, D] -> [B, T, D].
 
-    While streaming, keys and values lie in a ring: position p in slot p % ring_size, the oldest overwritten.
     Query head h uses the key and value head h // (num_heads // num_kv_heads).
     """
 
-    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, ring_size: int):
+    def __init__(self, dim: int, num_heads: int, num_kv_heads: int):
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.ring_size = num_heads, num_kv_heads, ring_size
-        self.head_dim = dim // num_heads
-        self.in_proj = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False)  # q, k, v stacked
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
+        # queries, keys and values, stacked
+        self.in_proj = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False)
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
-    def new_memory(self, batch_size: int) -> dict:
-        """The ring of keys and values."""
-        shape = batch_size, self.num_kv_heads, self.ring_size, self.head_dim
-        return {"keys": self.in_proj.weight.new_zeros(shape), "values": self.in_proj.weight.new_zeros(shape)}
-
-    def forward(self, x: Tensor, window: Window, state: dict | None = None) -> Tensor:
-        heads = self.in_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2 KV, T, head_dim]
+    def forward(self, x: Tensor, window: Window, ring: Tensor | None = None) -> Tensor:
+        """`ring`: while streaming, the keys and values so far [2, B, KV, slots, hd], these to be added."""
+        heads = self.in_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2 KV, T, hd]
         qk, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         q, k = rope(qk, window.cos, window.sin).split([self.num_heads, self.num_kv_heads], dim=1)
-        if state is not None:
-            keys, values = state[self]["keys"], state[self]["values"]
-            keys.index_copy_(2, window.slots, k)
-            values.index_copy_(2, window.slots, v)
-            filled = window.mask.shape[-1]
-            k, v = keys[:, :, :filled], values[:, :, :filled]
+        if ring is not None:
+            ring.index_copy_(3, window.slots, torch.stack([k, v]))
+            k, v = ring[:, :, :, : window.mask.shape[-1]]
         grouped = self.num_kv_heads != self.num_heads
         y = F.scaled_dot_product_attention(q, k, v, window.mask, enable_gqa=grouped)
         return self.out_proj(y.transpose(1, 2).flatten(2))
@@ -355,52 +332,40 @@ class LayerScale(nn.Module):
         return self.scale * x
 
 
-class FeedForward(nn.Module):
-    """Mimi's feed-forward: linear, GELU (the exact one), linear, no biases."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.linear1 = nn.Linear(dim, hidden, bias=False)
-        self.linear2 = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear2(F.gelu(self.linear1(x)))
-
-
 class TransformerLayer(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)), each update scaled. [B, T, D] -> [B, T, D]."""
 
-    def __init__(self, attention: nn.Module, feed_forward: nn.Module, norms: list, scales: list):
+    def __init__(self, attention: Attention, feed_forward: nn.Module, norm: Callable, scale: Callable):
         super().__init__()
-        self.norm1, self.attention, self.scale1 = norms[0], attention, scales[0]
-        self.norm2, self.feed_forward, self.scale2 = norms[1], feed_forward, scales[1]
+        dim = attention.out_proj.out_features
+        self.norm1, self.attention, self.scale1 = norm(dim), attention, scale(dim)
+        self.norm2, self.feed_forward, self.scale2 = norm(dim), feed_forward, scale(dim)
 
-    def forward(self, x: Tensor, window: Window, state: dict | None = None) -> Tensor:
-        x = x + self.scale1(self.attention(self.norm1(x), window, state))
+    def forward(self, x: Tensor, window: Window, ring: Tensor | None = None) -> Tensor:
+        x = x + self.scale1(self.attention(self.norm1(x), window, ring))
         return x + self.scale2(self.feed_forward(self.norm2(x)))
 
 
 class Transformer(nn.Module):
     """Both of Mimi's transformers, and Helium: causal layers with a sliding window. [B, T, D] -> [B, T, D].
 
-    `feed_forward`, `norm` and `scale` make those parts of a layer, given the width. While streaming, at most `step`
-    positions are written at a time: their ring has `step - 1` slots more than the window, so that the oldest query
-    of a step still finds its whole window. Once the ring is full, a longer chunk goes through in steps.
+    While streaming, keys and values of a layer lie in a ring: position p in slot p % ring_size, the oldest
+    overwritten. At most `step` positions are written at once, and the ring has `step - 1` slots more than the
+    window, so that the oldest query of a step still finds all of it. Longer chunks go through in steps.
     """
 
-    def __init__(self, dim: int, num_layers: int, num_heads: int, num_kv_heads: int, context: int, max_period: float,
-                 feed_forward: Callable, norm: Callable, scale: Callable, step: int = 1):
+    def __init__(self, layers: list[TransformerLayer], context: int, max_period: float, step: int = 1):
         super().__init__()
+        self.layers = nn.ModuleList(layers)
         self.context, self.max_period, self.step = context, max_period, step
-        self.head_dim = dim // num_heads
         self.ring_size = context + step - 1
-        self.layers = nn.ModuleList(
-            TransformerLayer(Attention(dim, num_heads, num_kv_heads, self.ring_size), feed_forward(dim),
-                             [norm(dim), norm(dim)], [scale(dim), scale(dim)]) for _ in range(num_layers))
 
     def new_memory(self, batch_size: int) -> dict:
-        """The position of the next input, a tensor: a captured graph can't hold a Python number that changes."""
-        return {"position": torch.zeros(1, dtype=torch.long, device=self.layers[0].attention.in_proj.weight.device)}
+        """The rings, and the position of the next input: a tensor, as a captured graph has no Python."""
+        attention = self.layers[0].attention
+        shape = 2, batch_size, attention.num_kv_heads, self.ring_size, attention.head_dim
+        rings = attention.in_proj.weight.new_zeros(len(self.layers), *shape)
+        return {"rings": rings, "position": torch.zeros(1, dtype=torch.long, device=rings.device)}
 
     def window(self, x: Tensor, state: dict | None) -> Window:
         """Where x stands and what it may see; while streaming, moves the position on."""
@@ -411,29 +376,32 @@ class Transformer(nn.Module):
             positions = positions + position
             slots = positions % self.ring_size
             last = position + length - 1
-            # On the CPU only the filled slots are read. A graph needs fixed shapes, and reading a length is a sync.
+            # The CPU reads only filled slots. A graph needs fixed shapes, and asking for a length is a sync.
             filled = min(int(last) + 1, self.ring_size) if x.device.type == "cpu" else self.ring_size
             ring = torch.arange(filled, device=x.device)
-            key_positions = last - (last - ring) % self.ring_size  # the newest position that fell into each slot
+            key_positions = last - (last - ring) % self.ring_size  # the newest that fell into each slot
             position += length
         mask = causal_mask(positions, key_positions, self.context)
-        return Window(*rotation(positions, self.head_dim, self.max_period), mask, slots)
+        cos, sin = rotation(positions, self.layers[0].attention.head_dim, self.max_period)
+        return Window(cos, sin, mask, slots)
 
     def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
-        # A chunk longer than a step must not overwrite what its own first positions still want to see.
-        if x.shape[1] > self.step and state is not None and int(state[self]["position"]) + x.shape[1] > self.ring_size:
-            return torch.cat([self(chunk, state) for chunk in x.split(self.step, dim=1)], dim=1)
+        if state is not None and x.shape[1] > self.step:
+            # A chunk longer than a step must not overwrite what its own first positions still want to see.
+            if int(state[self]["position"]) + x.shape[1] > self.ring_size:
+                return torch.cat([self(chunk, state) for chunk in x.split(self.step, dim=1)], dim=1)
         window = self.window(x, state)
-        for layer in self.layers:
-            x = layer(x, window, state)
+        rings = [None] * len(self.layers) if state is None else state[self]["rings"]
+        for layer, ring in zip(self.layers, rings):
+            x = layer(x, window, ring)
         return x
 
 
-# --------------------------------------------------------------------------------------------------- quantizers
+# ------------------------------------------------------------------------------------------------- quantizers
 
 
 class Codebook(nn.Module):
-    """`codebook_size` vectors (centroids), stored as training keeps them: a moving sum and a moving count of each."""
+    """`size` vectors (centroids), stored as training keeps them: a moving sum and a moving count of each."""
 
     def __init__(self, size: int, dim: int):
         super().__init__()
@@ -447,7 +415,7 @@ class Codebook(nn.Module):
         return self.embedding_sum / self.cluster_usage.clamp(min=1e-5)[:, None]
 
     def new_memory(self, batch_size: int) -> dict:
-        """Nothing changes while streaming, so the centroids and half their squared lengths are computed once."""
+        """Nothing changes while streaming: the centroids and half their squared lengths are computed once."""
         centroids = self.centroids
         return {"centroids": centroids, "half_squares": centroids.pow(2).sum(1) / 2}
 
@@ -469,16 +437,16 @@ class ResidualQuantizer(nn.Module):
 
     def __init__(self, config: MimiConfig, num_codebooks: int):
         super().__init__()
-        self.input_proj = CausalConv1d(config.latent_dim, config.codebook_dim, 1, bias=False)
-        self.output_proj = CausalConv1d(config.codebook_dim, config.latent_dim, 1, bias=False)
+        self.input_proj = nn.Conv1d(config.latent_dim, config.codebook_dim, 1, bias=False)
+        self.output_proj = nn.Conv1d(config.codebook_dim, config.latent_dim, 1, bias=False)
         self.codebooks = nn.ModuleList(
             Codebook(config.codebook_size, config.codebook_dim) for _ in range(num_codebooks))
 
     def encode(self, z: Tensor, num_codebooks: int, state: dict | None = None) -> Tensor:
         """z [B, D, F] -> codes [B, num_codebooks, F]."""
-        residual = self.input_proj(z, state).transpose(1, 2)
+        residual = self.input_proj(z).transpose(1, 2)
         codes = []
-        for _, codebook in zip(range(num_codebooks), self.codebooks):
+        for codebook in self.codebooks[:num_codebooks]:
             codes.append(codebook.encode(residual, state))
             residual = residual - codebook.decode(codes[-1], state)
         return torch.stack(codes, dim=1)
@@ -486,11 +454,11 @@ class ResidualQuantizer(nn.Module):
     def decode(self, codes: Tensor, state: dict | None = None) -> Tensor:
         """codes [B, K, F], any K up to all codebooks -> z [B, D, F]."""
         total = sum(codebook.decode(code, state) for codebook, code in zip(self.codebooks, codes.unbind(1)))
-        return self.output_proj(total.transpose(1, 2), state)
+        return self.output_proj(total.transpose(1, 2))
 
 
 class SplitQuantizer(nn.Module):
-    """One semantic codebook beside a row of acoustic ones. Both quantize the latent itself, and their results add."""
+    """A semantic codebook beside a row of acoustic ones: both quantize the latent itself, the results add."""
 
     def __init__(self, config: MimiConfig):
         super().__init__()
@@ -511,7 +479,7 @@ class SplitQuantizer(nn.Module):
         return z + self.acoustic.decode(codes[:, 1:], state) if codes.shape[1] > 1 else z
 
 
-# --------------------------------------------------------------------------------------------------------- Mimi
+# ------------------------------------------------------------------------------------------------------- Mimi
 
 
 class Mimi(nn.Module):
@@ -520,13 +488,19 @@ class Mimi(nn.Module):
     def __init__(self, config: MimiConfig):
         super().__init__()
         self.config = config
-        self.sample_rate, self.frame_rate, self.frame_size = config.sample_rate, config.frame_rate, config.frame_size
-        dim, stride = config.latent_dim, config.stride
+        self.sample_rate, self.frame_rate = config.sample_rate, config.frame_rate
+        self.frame_size = config.frame_size
+        dim, hidden, stride = config.latent_dim, config.feedforward_dim, config.stride
+
+        def layer() -> TransformerLayer:
+            feed_forward = nn.Sequential(
+                nn.Linear(dim, hidden, bias=False), nn.GELU(), nn.Linear(hidden, dim, bias=False))
+            attention = Attention(dim, config.num_heads, config.num_heads)
+            return TransformerLayer(attention, feed_forward, nn.LayerNorm, LayerScale)
 
         def transformer() -> Transformer:
-            return Transformer(
-                dim, config.num_layers, config.num_heads, config.num_heads, config.context, config.max_period,
-                lambda width: FeedForward(width, config.feedforward_dim), nn.LayerNorm, LayerScale, step=stride)
+            layers = [layer() for _ in range(config.num_layers)]
+            return Transformer(layers, config.context, config.max_period, step=stride)
 
         self.encoder = Encoder(config)
         self.encoder_transformer = transformer()
@@ -548,12 +522,12 @@ class Mimi(nn.Module):
         self.quantizer.num_codebooks = number
 
     def to_latent(self, pcm: Tensor, state: dict | None = None) -> Tensor:
-        """pcm [B, 1, T], in -1..1 -> latent [B, D, F]. Offline, T is padded with zeros to whole frames of 1920."""
+        """pcm [B, 1, T], in -1..1 -> latent [B, D, F]. Offline, T is padded with zeros to frames of 1920."""
         if pcm.dim() != 3 or pcm.shape[1] != 1 or not pcm.shape[2]:
             raise ValueError(f"Mimi takes sound as [batch, 1, samples], not {list(pcm.shape)}")
         missing = -pcm.shape[-1] % self.frame_size
         if missing and state is not None:
-            raise ValueError(f"streaming takes whole frames of {self.frame_size} samples, not {pcm.shape[-1]}")
+            raise ValueError(f"streaming takes frames of {self.frame_size} samples, not {pcm.shape[-1]}")
         x = self.encoder(F.pad(pcm, (0, missing)), state)
         x = self.encoder_transformer(x.transpose(1, 2), state).transpose(1, 2)
         return self.downsample(x, state)
@@ -577,110 +551,104 @@ class Mimi(nn.Module):
         return self.from_latent(self.quantizer.decode(codes, state), state)
 
 
-# ------------------------------------------------------------------------------------------------ weight files
+# ----------------------------------------------------------------------------------------------- weight files
 
 
-def load_weights(model: nn.Module, path: str | Path, names: dict[str, str], device, dtype: torch.dtype | None) -> None:
+@contextlib.contextmanager
+def whole_file(path: str | Path):
+    """A file to write that gets the name `path` once the block has ended well, and is gone otherwise."""
+    temporary = Path(f"{path}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def official_names(model: nn.Module, rules: list[tuple[str, str]]) -> dict[str, str]:
+    """Our name -> the official name of every tensor in `model`: each rule (pattern, replacement) in its turn.
+
+    A '{k}' in an official name stands for the entries of our first axis, stored one by one.
+    """
+    names = {name: name for name in model.state_dict()}
+    for pattern, replacement in rules:
+        names = {ours: re.sub(pattern, replacement, name) for ours, name in names.items()}
+    return names
+
+
+def load_weights(model: nn.Module, path: str | Path, rules: list, device, dtype: torch.dtype | None) -> None:
     """Puts the tensors of a SafeTensors file into `model`, which was built on the meta device.
 
-    `names` maps our names to the official ones; a '{k}' in one stands for the entries of our first axis, stored one
-    by one. On the CPU weights are mapped from the file, not read, where they have the dtype asked for (None: any).
+    On the CPU weights are mapped from the file, not read, where they have the dtype asked for (None: any).
     A missing, extra or misshapen tensor raises ValueError, and so does a file that isn't SafeTensors.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: there is no such file")
     try:
         file = safetensors.safe_open(path, framework="pt", device=str(device))
-    except (safetensors.SafetensorError, OSError) as error:
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: not a whole SafeTensors file ({error}); no other format is read") from None
     unused = set(file.keys())
 
-    def take(name: str, shape: tuple) -> Tensor:
+    def take(name: str, *shape: int) -> Tensor:
         if name not in unused:
             raise ValueError(f"{path}: the tensor {name} is missing")
-        stored = tuple(file.get_slice(name).get_shape())
-        if stored != shape:
-            raise ValueError(f"{path}: {name} has the shape {list(stored)}, expected {list(shape)}")
+        stored = file.get_slice(name).get_shape()
+        if stored != list(shape):
+            raise ValueError(f"{path}: {name} has the shape {stored}, expected {list(shape)}")
         unused.remove(name)
-        tensor = file.get_tensor(name)
-        return tensor if dtype is None else tensor.to(dtype)
+        return file.get_tensor(name).to(dtype=dtype)
 
-    weights: dict[str, Tensor] = {}
+    weights, names = {}, official_names(model, rules)
     for ours, empty in model.state_dict().items():
-        name, shape = names[ours], tuple(empty.shape)
-        # The released files name the attention projections otherwise, and hold the depth decoder's as one tensor.
+        name, shape = names[ours], empty.shape
+        # The released files name the attention projections otherwise, and stack the depth decoder's.
         older = re.sub(r"in_projs\.(0|{k})\.weight", "in_proj_weight", name)
         older = re.sub(r"out_projs\.(0|{k})\.weight", "out_proj.weight", older)
-        if older != name and older in unused:
-            stacked = (shape[0] * shape[1], *shape[2:]) if "{k}" in name else shape
-            weights[ours] = take(older, stacked).view(shape)
-        elif "{k}" in name and shape[0]:
-            weights[ours] = torch.stack([take(name.format(k=k), shape[1:]) for k in range(shape[0])])
+        if "{k}" not in name:
+            weights[ours] = take(older if older in unused else name, *shape)
+        elif older in unused:
+            weights[ours] = take(older, shape[0] * shape[1], *shape[2:]).view(shape)
         else:
-            weights[ours] = take(name, shape) if shape[0] else torch.empty(shape, device=device, dtype=dtype)
+            pieces = [take(name.format(k=k), *shape[1:]) for k in range(shape[0])]
+            weights[ours] = torch.stack(pieces) if pieces else torch.empty(shape, device=device, dtype=dtype)
     if unused:
-        raise ValueError(f"{path}: the tensor {min(unused)} is not known, does the config belong to this file?")
+        raise ValueError(f"{path}: the tensor {min(unused)} is not known, does the config fit the file?")
     model.load_state_dict(weights, assign=True)
 
 
-def save_weights(model: nn.Module, path: str | Path, names: dict[str, str]) -> None:
-    """Writes the file that `load_weights` reads, with the newer official names; a file in its place stays until then."""
+def save_weights(model: nn.Module, path: str | Path, rules: list) -> None:
+    """Writes the file that `load_weights` reads, with the newer official names."""
     tensors: dict[str, Tensor] = {}
-    for ours, tensor in model.state_dict().items():
-        pieces = enumerate(tensor) if "{k}" in names[ours] else [(0, tensor)]
-        tensors.update({names[ours].format(k=k): piece.contiguous() for k, piece in pieces})
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        save_file(tensors, temporary)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def official_names(model: nn.Module, rules: list[tuple[str, str | Callable]]) -> dict[str, str]:
-    """Our name -> the official name of every tensor in `model`: each rule (pattern, replacement) in its turn."""
-    names = {}
-    for ours in model.state_dict():
-        name = ours
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        names[ours] = name
-    return names
+    for ours, name in official_names(model, rules).items():
+        tensor = model.state_dict()[ours]
+        pieces = enumerate(tensor) if "{k}" in name else [(0, tensor)]
+        tensors.update({name.format(k=k): piece.contiguous() for k, piece in pieces})
+    with whole_file(path) as file:
+        save_file(tensors, file.name)
 
 
 TRANSFORMER_NAMES = [  # shared with Helium
     (r"\.attention\.(in|out)_proj\.", r".self_attn.\1_projs.0."), (r"\.scale(\d)\.", r".layer_scale_\1."),
 ]
+MIMI_NAMES = [
+    (r"^(encoder|decoder)\.", r"\1.model."), (r"(model\.\d+)\.(\d)", r"\1.block.\2"),
+    (r"\.(conv|convtr)\.", r".\1.\1."), (r"sample\.(conv|convtr)\.", r"sample.\1.\1."),
+    (r"_transformer\.", "_transformer.transformer."), *TRANSFORMER_NAMES,
+    (r"\.feed_forward\.0", ".linear1"), (r"\.feed_forward\.2", ".linear2"),
+    (r"\.semantic\.", ".rvq_first."), (r"\.acoustic\.", ".rvq_rest."),
+    (r"\.codebooks\.(\d+)\.", r".vq.layers.\1._codebook."), (r"\.initialized", "._initialized"),
+]
 
 
-def _mimi_names(mimi: Mimi) -> dict[str, str]:
-    def seanet(match: re.Match) -> str:
-        """The official SEANet is one list that counts its activations too: three places for a stage of ours."""
-        half, part, stage, conv, kind = match.groups()
-        place = 0 if part == "first" else 3 * len(mimi.config.ratios) + 2
-        if stage is not None:
-            place = 3 * int(stage) + {"residuals": 1, "downs": 3, "ups": 2}[part] + 2 * (half + part == "decoderresiduals")
-        inner = {"conv1": ".block.1", "conv2": ".block.3"}.get(conv, "")
-        return f"{half}.model.{place}{inner}.{'convtr.convtr' if part == 'ups' else 'conv.conv'}.{kind}"
-
-    return official_names(mimi, [
-        (r"^(encoder|decoder)\.(first|residuals|downs|ups|last)(?:\.(\d+))?(?:\.(conv\d))?\.(weight|bias)$", seanet),
-        (r"^downsample", "downsample.conv.conv.conv"), (r"^upsample", "upsample.convtr.convtr.convtr"),
-        (r"_transformer\.", "_transformer.transformer."), (r"\.feed_forward\.", "."), *TRANSFORMER_NAMES,
-        (r"\.semantic\.", ".rvq_first."), (r"\.acoustic\.", ".rvq_rest."),
-        (r"\.codebooks\.(\d+)\.", r".vq.layers.\1._codebook."), (r"\.initialized", "._initialized"),
-    ])
-
-
-def load_mimi(path: str | Path, config: MimiConfig | None = None, num_codebooks: int = 8, device="cpu") -> Mimi:
-    """Mimi from an official SafeTensors file, in float32; `config` None is the released one. See `load_weights`."""
+def load_mimi(path: str | Path, config: MimiConfig | None = None, num_codebooks=8, device="cpu") -> Mimi:
+    """Mimi from an official SafeTensors file, in float32; `config` None is the released one."""
     with torch.device("meta"):
         mimi = Mimi(config or MimiConfig())
-    load_weights(mimi, path, _mimi_names(mimi), device, torch.float32)
+    load_weights(mimi, path, MIMI_NAMES, device, torch.float32)
     mimi.num_codebooks = num_codebooks
     return mimi.eval()
 
 
 def save_mimi(mimi: Mimi, path: str | Path) -> None:
     """Writes the official file, in the dtype that the model has."""
-    save_weights(mimi, path, _mimi_names(mimi))
+    save_weights(mimi, path, MIMI_NAMES)

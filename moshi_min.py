@@ -25,13 +25,13 @@ import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
-from mimi_min import (TRANSFORMER_NAMES, Mimi, MimiConfig, Transformer, check_sizes, init_state, load_mimi,
-                      load_weights, official_names, read_keys, save_weights)
+from mimi_min import (ANY, TRANSFORMER_NAMES, Attention, Mimi, MimiConfig, Transformer, TransformerLayer,
+                      check_numbers, init_state, load_mimi, load_weights, read_keys, save_weights)
 
 NO_INPUT = -1  # a token that adds nothing: the zero vector
 UNGENERATED = -2  # a token that is still to be sampled
 
-# ------------------------------------------------------------------------------------------------ configuration
+# ---------------------------------------------------------------------------------------------- configuration
 
 
 @dataclass
@@ -59,13 +59,10 @@ class MoshiConfig:
     depformer_dim_feedforward: int = 4224
 
     def __post_init__(self):
-        check_sizes(self, may_be_zero=("existing_text_padding_id", "existing_text_end_padding_id"))
-        delays = self.delays
-        if not isinstance(delays, (list, tuple)) or any(type(delay) is not int or delay < 0 for delay in delays):
-            raise ValueError(f"config: delays must be a list of whole numbers from 0, not {delays!r}")
-        self.delays = tuple(delays)
-        if len(delays) != self.n_q + 1 or self.dep_q > self.n_q:
-            raise ValueError(f"config: {len(delays)} delays and dep_q {self.dep_q} do not fit n_q {self.n_q}")
+        check_numbers(self, ("existing_text_padding_id", "existing_text_end_padding_id", "delays"))
+        self.delays = tuple(self.delays)
+        if len(self.delays) != self.n_q + 1 or self.dep_q > self.n_q:
+            raise ValueError(f"config: {len(self.delays)} delays and dep_q {self.dep_q} do not fit n_q {self.n_q}")
         for name, dim, heads, repeat in (
                 ("dim", self.dim, self.num_heads, self.kv_repeat),
                 ("depformer_dim", self.depformer_dim, self.depformer_num_heads, self.depformer_kv_repeat)):
@@ -98,16 +95,16 @@ _MOSHI_KEYS: dict[str, tuple] = {
     "layer_scale": ([None], None), "positional_embedding": (["rope"], "sin"), "norm_emb": ([False], False),
     "bias_proj": ([False], False), "cross_attention": ([False], False), "text_card_out": ([None], None),
     "demux_second_text_stream": ([False], False), "demux_second_stream": ([False], False),
-    "extra_heads_num_heads": ([0], 0), "extra_heads_dim": (..., 6), "conditioners": ([{}], {}), "fuser": (..., None),
-    "lora": ([False], False), "lora_rank": (..., 128), "lora_scaling": (..., 2.0), "quantize": ([False], False),
-    "gradient_checkpointing": (..., False), "depformer_gating": (["silu"], "none"), "depformer_norm": ([None], None),
+    "extra_heads_num_heads": ([0], 0), "extra_heads_dim": (ANY, 6), "conditioners": ([{}], {}), "fuser": (ANY, None),
+    "lora": ([False], False), "lora_rank": (ANY, 128), "lora_scaling": (ANY, 2.0), "quantize": ([False], False),
+    "gradient_checkpointing": (ANY, False), "depformer_gating": (["silu"], "none"), "depformer_norm": ([None], None),
     "depformer_layer_scale": ([None], None), "depformer_pos_emb": (["none"], "sin"),
     "depformer_multi_linear": ([True], False), "depformer_weights_per_step": ([True], False),
     "depformer_weights_per_step_schedule": ([None], None), "depformer_low_rank_embeddings": ([None], None),
-    "depformer_context": (..., None), "depformer_causal": (..., True), "depformer_max_period": (..., None),
+    "depformer_context": (ANY, None), "depformer_causal": (ANY, True), "depformer_max_period": (ANY, None),
 }
 
-# ------------------------------------------------------------------------------------------------------- blocks
+# ----------------------------------------------------------------------------------------------------- blocks
 
 
 class RMSNorm(nn.Module):
@@ -151,7 +148,7 @@ def embed(table: Tensor, tokens: Tensor) -> Tensor:
     return torch.where((tokens == NO_INPUT)[..., None], 0, F.embedding(tokens.clamp(min=0), table))
 
 
-# ------------------------------------------------------------------------------------------------ depth decoder
+# ---------------------------------------------------------------------------------------------- depth decoder
 
 
 def codebook_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -226,7 +223,7 @@ class DepthDecoder(nn.Module):
         return codebook_linear(x, self.output_proj[codebooks])
 
 
-# ------------------------------------------------------------------------------------------------------- delays
+# ----------------------------------------------------------------------------------------------------- delays
 
 
 def delay(codes: Tensor, delays: tuple[int, ...], initial: Tensor) -> Tensor:
@@ -251,7 +248,7 @@ def undelay(x: Tensor, delays: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return shifted.masked_fill(~mask.view(*mask.shape, *[1] * (x.dim() - 3)), float("nan")), mask
 
 
-# -------------------------------------------------------------------------------------------------------- Moshi
+# ------------------------------------------------------------------------------------------------------ Moshi
 
 
 class MoshiOutput(NamedTuple):
@@ -271,11 +268,14 @@ class Moshi(nn.Module):
         self.config = config
         dim = config.dim
         hidden = gated_width(dim, int(config.hidden_scale * dim))
+
+        def layer() -> TransformerLayer:
+            attention = Attention(dim, config.num_heads, config.num_heads // config.kv_repeat)
+            return TransformerLayer(attention, GatedFeedForward(dim, hidden), RMSNorm, nn.Identity)
+
         self.text_emb = nn.Embedding(config.text_card + 1, dim)
         self.audio_embs = nn.ModuleList(nn.Embedding(config.card + 1, dim) for _ in range(config.n_q))
-        self.transformer = Transformer(
-            dim, config.num_layers, config.num_heads, config.num_heads // config.kv_repeat, config.context,
-            config.max_period, lambda width: GatedFeedForward(width, hidden), RMSNorm, nn.Identity)
+        self.transformer = Transformer([layer() for _ in range(config.num_layers)], config.context, config.max_period)
         self.out_norm = RMSNorm(dim)
         self.text_linear = nn.Linear(dim, config.text_card, bias=False)
         self.depth_decoder = DepthDecoder(config)
@@ -340,7 +340,7 @@ class Moshi(nn.Module):
         return parts["text"] + parts["audio"], parts
 
 
-# --------------------------------------------------------------------------------------------------- generation
+# ------------------------------------------------------------------------------------------------- generation
 
 
 def sample(logits: Tensor, temp: float, top_k: int) -> Tensor:
@@ -478,22 +478,22 @@ class MoshiGen:
         return self.step(codes[:, self.own :, -1:])
 
 
-# -------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 MOSHI_FILE, MIMI_FILE = "model.safetensors", "tokenizer-e351c8d8-checkpoint125.safetensors"
 TOKENIZER_FILE = "tokenizer_spm_32k_3.model"
 
 
-def _moshi_names(moshi: Moshi) -> dict[str, str]:
-    return official_names(moshi, [
-        (r"^audio_embs", "emb"),
-        (r"^depth_decoder\.input_proj", "depformer_in.{k}.weight"),
-        (r"^depth_decoder\.text_emb", "depformer_text_emb.weight"),
-        (r"^depth_decoder\.audio_emb", "depformer_emb.{k}.weight"),
-        (r"^depth_decoder\.output_proj", "linears.{k}.weight"),
-        (r"^depth_decoder\.(.*)\.(in|out)_proj$", r"depformer.\1.self_attn.\2_projs.{k}.weight"),
-        (r"^depth_decoder\.(.*)\.(linear_in|linear_out)$", r"depformer.\1.gating.{k}.\2.weight"),
-        (r"^depth_decoder", "depformer"), (r"\.feed_forward\.", ".gating."), *TRANSFORMER_NAMES])
+MOSHI_NAMES = [  # as in mimi_min.MIMI_NAMES
+    (r"^audio_embs", "emb"),
+    (r"^depth_decoder\.input_proj", "depformer_in.{k}.weight"),
+    (r"^depth_decoder\.text_emb", "depformer_text_emb.weight"),
+    (r"^depth_decoder\.audio_emb", "depformer_emb.{k}.weight"),
+    (r"^depth_decoder\.output_proj", "linears.{k}.weight"),
+    (r"^depth_decoder\.(.*)\.(in|out)_proj$", r"depformer.\1.self_attn.\2_projs.{k}.weight"),
+    (r"^depth_decoder\.(.*)\.(linear_in|linear_out)$", r"depformer.\1.gating.{k}.\2.weight"),
+    (r"^depth_decoder", "depformer"), (r"\.feed_forward\.", ".gating."), *TRANSFORMER_NAMES,
+]
 
 
 def load_moshi(path: str | Path, config: MoshiConfig | None = None, device="cpu",
@@ -501,13 +501,13 @@ def load_moshi(path: str | Path, config: MoshiConfig | None = None, device="cpu"
     """Moshi from an official SafeTensors file; `config` None is the released 7B, `dtype` None what is stored."""
     with torch.device("meta"):
         moshi = Moshi(config or MoshiConfig())
-    load_weights(moshi, path, _moshi_names(moshi), device, dtype)
+    load_weights(moshi, path, MOSHI_NAMES, device, dtype)
     return moshi.eval()
 
 
 def save_moshi(moshi: Moshi, path: str | Path) -> None:
     """Writes the official file, in the dtype that the model has."""
-    save_weights(moshi, path, _moshi_names(moshi))
+    save_weights(moshi, path, MOSHI_NAMES)
 
 
 class Checkpoint(NamedTuple):

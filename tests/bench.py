@@ -45,7 +45,7 @@ import torch  # noqa: E402
 from reference import LMGen, loaders, official_mimi, save  # noqa: E402
 
 import moshi_min  # noqa: E402
-from mimi_min import MimiConfig, init_state, load_mimi  # noqa: E402
+from mimi_min import MimiConfig, init_state, load_mimi, official_names  # noqa: E402
 from moshi_min import Moshi, MoshiConfig, MoshiGen  # noqa: E402
 
 ROWS = []
@@ -142,7 +142,7 @@ def share_weights(moshi):
     """The official model on the very same memory: its weights are ours, or slices of our stacked ones."""
     config, dtype = moshi_config()
     official = loaders.get_moshi_lm(None, config, device="meta", dtype=dtype)
-    names, shared = moshi_min._moshi_names(moshi), {}
+    names, shared = official_names(moshi, moshi_min.MOSHI_NAMES), {}
     for ours, tensor in moshi.state_dict().items():
         pieces = enumerate(tensor) if "{k}" in names[ours] else [(0, tensor)]
         shared.update({names[ours].format(k=k): piece for k, piece in pieces})

@@ -59,7 +59,7 @@ def random_mimi(config: MimiConfig) -> Mimi:
             weight.uniform_(0.7, 1.3)
         elif weight.dim() == 3:  # a convolution
             fan_in = weight[0].numel()
-            if ".ups." in name:
+            if name.startswith("decoder") and "convtr" in name:
                 fan_in = 2 * weight.shape[0]
             elif name.startswith("upsample"):
                 fan_in = 2
@@ -73,8 +73,8 @@ def random_mimi(config: MimiConfig) -> Mimi:
             centroids = torch.randn_like(codebook.embedding_sum) * size * 0.7**number
             codebook.embedding_sum.copy_(centroids * codebook.cluster_usage[:, None])
     loudness = mimi.decode(mimi.encode(noise)).std()
-    mimi.decoder.last.weight *= 0.1 / loudness
-    mimi.decoder.last.bias *= 0.1 / loudness
+    mimi.decoder[-1].conv.weight *= 0.1 / loudness
+    mimi.decoder[-1].conv.bias *= 0.1 / loudness
     return mimi
 
 

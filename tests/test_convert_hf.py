@@ -364,7 +364,7 @@ BAD = {  # what is done to a good folder -> what the line says
     "codec of two semantic codebooks": (
         lambda f: change_json(f / "config.json", audio_encoder_config__num_semantic_quantizers=2), "is 2, but only 1"),
     "codec with groups": (
-        lambda f: change_json(f / "config.json", audio_encoder_config__num_key_value_heads=1), "they must be equal"),
+        lambda f: change_json(f / "config.json", audio_encoder_config__num_key_value_heads=1), "num_key_value_heads is 1, but only 3 is possible"),
     "head_dim": (lambda f: change_json(f / "config.json", head_dim=99), "head_dim 99"),
     "scaled rope": (lambda f: change_json(f / "config.json", rope_parameters={"rope_type": "yarn"}), "yarn"),
     "codec option": (lambda f: change_json(f / "config.json", audio_encoder_config__pad_mode="reflect"), "pad_mode"),

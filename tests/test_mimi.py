@@ -61,18 +61,15 @@ def streamed(function, x, state, unit=1):
 
 def convs(ours, official):
     """All convolutions of a Mimi: (name, ours, official), the strided, repeating, depthwise and transposed among them."""
-    encoder, decoder = official.encoder.model, official.decoder.model
-    pairs = [("encoder.first", ours.encoder.first, encoder[0]), ("encoder.last", ours.encoder.last, encoder[-1]),
-             ("decoder.first", ours.decoder.first, decoder[0]), ("decoder.last", ours.decoder.last, decoder[-1]),
-             ("downsample", ours.downsample, official.downsample.conv),
+    pairs = [("downsample", ours.downsample, official.downsample.conv),
              ("upsample", ours.upsample, official.upsample.convtr)]
-    for i in range(len(ours.config.ratios)):
-        pairs += [(f"encoder.downs.{i}", ours.encoder.downs[i], encoder[3 + 3 * i]),
-                  (f"decoder.ups.{i}", ours.decoder.ups[i], decoder[2 + 3 * i])]
-        for side, mine, block in (("encoder", ours.encoder, encoder[1 + 3 * i].block),
-                                  ("decoder", ours.decoder, decoder[3 + 3 * i].block)):
-            pairs += [(f"{side}.residuals.{i}.conv1", mine.residuals[i].conv1, block[1]),
-                      (f"{side}.residuals.{i}.conv2", mine.residuals[i].conv2, block[3])]
+    for side in ("encoder", "decoder"):
+        for i, (mine, theirs) in enumerate(zip(getattr(ours, side), getattr(official, side).model, strict=True)):
+            if isinstance(mine, mimi_min.ResidualBlock):
+                pairs += [(f"{side}.{i}.{j}", mine[j], theirs.block[j]) for j in (1, 3)]
+            elif not isinstance(mine, torch.nn.ELU):
+                pairs.append((f"{side}.{i}", mine, theirs))
+    assert len(pairs) == 2 + 2 * (2 + 3 * len(ours.config.ratios))
     return pairs
 
 
@@ -84,11 +81,12 @@ def convs(ours, official):
 def test_every_convolution(pair, device, name):
     """Each with its kernel, stride, padding and bias: whole, and in uneven chunks."""
     for label, ours, theirs in convs(*pair(name, device)):
-        transposed = isinstance(ours, torch.nn.ConvTranspose1d)
-        unit = 1 if transposed else ours.stride[0]
-        x = noise(2, ours.in_channels, 23 * unit, device=device) + 1
+        transposed = isinstance(ours, mimi_min.CausalConvTranspose1d)
+        unit = 1 if transposed else ours.stride
+        inner = ours.convtr if transposed else ours.conv
+        x = noise(2, inner.in_channels, 23 * unit, device=device) + 1
         expected = theirs(x)
-        assert expected.shape[-1] == (x.shape[-1] * ours.stride[0] if transposed else x.shape[-1] // ours.stride[0])
+        assert expected.shape[-1] == (x.shape[-1] * ours.stride if transposed else x.shape[-1] // ours.stride)
         assert error(ours(x), expected) <= 2e-6, label
         assert error(streamed(ours, x, init_state(ours, 2), unit), expected) <= 2e-6, f"{label} streamed"
 
@@ -98,8 +96,8 @@ def test_every_convolution(pair, device, name):
 def test_seanet(pair, device, name):
     """A residual block, then the whole encoder and decoder, whole and in chunks."""
     ours, official = pair(name, device)
-    x = noise(2, ours.encoder.residuals[1].conv1.in_channels, 40, device=device)
-    close(ours.encoder.residuals[1](x), official.encoder.model[4](x), 2e-6)
+    x = noise(2, ours.encoder[4][1].conv.in_channels, 40, device=device)
+    close(ours.encoder[4](x), official.encoder.model[4](x), 2e-6)
     hop = ours.config.hop_size
     x = noise(2, 1, 12 * hop, device=device)
     close(ours.encoder(x), official.encoder(x))

@@ -30,9 +30,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from mimi_min import Mimi, MimiConfig, _mimi_names, is_size, read_keys  # noqa: E402
-from moshi_min import (MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, Moshi, MoshiConfig, _moshi_names,  # noqa: E402
-                       gated_width)
+import mimi_min  # noqa: E402
+import moshi_min  # noqa: E402
+from mimi_min import Mimi, MimiConfig, official_names, read_keys  # noqa: E402
+from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, Moshi, MoshiConfig, gated_width  # noqa: E402
 
 MIMI_CONFIG_FILE = "mimi.json"
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what weights may be, and the bytes of a number
@@ -87,6 +88,11 @@ DEPTH_KEYS = {
 }
 
 # ------------------------------------------------------------------------------------------------ configurations
+
+
+def is_size(value) -> bool:
+    """True for a positive int (True itself isn't one)."""
+    return type(value) is int and value > 0
 
 
 def read_config(given: dict, table: dict, what: str, heads_field: str) -> tuple[dict, float]:
@@ -183,10 +189,10 @@ class Entry(NamedTuple):
     pieces: list[Piece]
 
 
-def table(model: Mimi | Moshi, official: dict[str, str], rules: list[tuple[str, str]], prefix: str) -> list[Entry]:
-    """Where each tensor of the official file comes from. `model` is one of ours, on the meta device; `official` maps
-    its names to the official ones. It says how many heads of which kind an attention has."""
-    entries = []
+def table(model: Mimi | Moshi, official_rules: list, rules: list, prefix: str) -> list[Entry]:
+    """Where each tensor of the official file comes from. `model` is one of ours, on the meta device, and says how many
+    heads of which kind an attention has; `official_rules` make its names official, `rules` those Hugging Face's."""
+    entries, official = [], official_names(model, official_rules)
     for ours, empty in model.state_dict().items():
         name = theirs = official[ours]
         for pattern, replacement in rules:
@@ -301,7 +307,7 @@ def convert(folder: Path, out: Path) -> str:
     ours, official = mimi_config(given if kind == "mimi" else codec, str(path))
     with torch.device("meta"):
         mimi = Mimi(ours)
-    files = {MIMI_FILE: table(mimi, _mimi_names(mimi), MIMI_NAMES, "audio_encoder." if kind == "moshi" else "")}
+    files = {MIMI_FILE: table(mimi, mimi_min.MIMI_NAMES, MIMI_NAMES, "audio_encoder." if kind == "moshi" else "")}
     jsons = {MIMI_CONFIG_FILE: official}
     if kind == "moshi":
         card = given.get("audio_vocab_size") or ours.codebook_size
@@ -310,7 +316,7 @@ def convert(folder: Path, out: Path) -> str:
         config, jsons["config.json"] = moshi_config({**given, "audio_vocab_size": card}, depth, str(path))
         with torch.device("meta"):
             moshi = Moshi(config)
-        files[MOSHI_FILE] = table(moshi, _moshi_names(moshi), MOSHI_NAMES, "")
+        files[MOSHI_FILE] = table(moshi, moshi_min.MOSHI_NAMES, MOSHI_NAMES, "")
     where = open_files(folder)
     dtypes = {name: plan(entries, where, folder) for name, entries in files.items()}
     used = {piece.name for entries in files.values() for entry in entries for piece in entry.pieces}
