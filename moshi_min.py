@@ -1,21 +1,22 @@
-"""Moshi, the model: a transformer over time (Helium) and a small one across the codebooks of a frame, in one file.
+"""Moshi, the model: a transformer over time (Helium) and a small one across the codebooks of a frame.
 
-    17 streams of tokens: [text, 8 codebooks of Moshi's voice, 8 codebooks of the user's voice], a step each 80 ms
-    step s: add up their embeddings -> Helium -> text token -> depth decoder -> 8 audio tokens, one after the other
+    17 streams of tokens: [text, 8 codebooks of Moshi's voice, 8 of the user's voice], a step each 80 ms
+    a step: add up their embeddings -> Helium -> text token -> depth decoder -> 8 audio tokens, one by one
 
 What is notable:
 - it listens and speaks at once: the user's stream is only read, Moshi's streams are predicted, none waits;
 - inner monologue: the text of what Moshi says is a stream of its own, just ahead of the sound;
 - the acoustic codebooks are delayed by a step, so that they can lean on the semantic one;
-- RMSNorm in float32, SwiGLU, interleaved rotary positions, no biases, a sliding window of 3000 steps (4 minutes);
+- RMSNorm in float32, SwiGLU, interleaved rotary positions, no biases, a sliding window of 3000 steps (4 min);
 - the depth decoder has its own weights for each codebook, held stacked: [codebook, out, in].
 
-The model is described in "Moshi: a speech-text foundation model for real-time dialogue" (Défossez et al. 2024,
-arXiv:2410.00037, section 3.4), the reference implementation is `moshi.models.lm`.
+From "Moshi: a speech-text foundation model for real-time dialogue" (Défossez et al. 2024, arXiv:2410.00037,
+section 3.4); the reference implementation is `moshi.models.lm`.
 """
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -62,28 +63,27 @@ class MoshiConfig:
         check_numbers(self, ("existing_text_padding_id", "existing_text_end_padding_id", "delays"))
         self.delays = tuple(self.delays)
         if len(self.delays) != self.n_q + 1 or self.dep_q > self.n_q:
-            raise ValueError(f"config: {len(self.delays)} delays and dep_q {self.dep_q} do not fit n_q {self.n_q}")
-        for name, dim, heads, repeat in (
-                ("dim", self.dim, self.num_heads, self.kv_repeat),
-                ("depformer_dim", self.depformer_dim, self.depformer_num_heads, self.depformer_kv_repeat)):
-            if dim % heads or heads % repeat or (name == "dim" and dim // heads % 2):
-                raise ValueError(f"config: {name} {dim}, {heads} heads and kv_repeat {repeat} do not fit together")
+            raise ValueError(f"config: {len(self.delays)} delays, dep_q {self.dep_q}: not right for n_q {self.n_q}")
+        for part, pair in (("", 2), ("depformer_", 1)):  # rotary embedding turns pairs
+            dim, heads, repeat = (getattr(self, part + name) for name in ("dim", "num_heads", "kv_repeat"))
+            if dim % (pair * heads) or heads % repeat:
+                raise ValueError(f"config: {part}dim {dim} does not fit {heads} heads with kv_repeat {repeat}")
         if max(self.existing_text_padding_id, self.existing_text_end_padding_id) >= self.text_card:
             raise ValueError("config: the padding tokens must be below text_card")
 
     @classmethod
     def from_dict(cls, official: dict) -> MoshiConfig:
-        """Reads the model's keys of an official `config.json`; unknown keys and values raise ValueError."""
-        inherited = {  # what the official model passes on to the depth decoder when its own key is missing
-            "depformer_num_layers": official.get("num_layers"), "depformer_kv_repeat": official.get("kv_repeat", 1),
-            "depformer_gating": official.get("gating", "none"), "depformer_layer_scale": official.get("layer_scale")}
+        """Reads an official `config.json`; unknown keys and impossible values raise ValueError."""
+        # The official model passes these on to the depth decoder when its own key is missing.
+        inherited = {f"depformer_{key}": official[key] for key in
+                     ("num_layers", "kv_repeat", "gating", "layer_scale") if key in official}
         fields = read_keys({**inherited, **official}, _MOSHI_KEYS, "config")
         if fields["depformer_dim_feedforward"] == 0:
             fields["depformer_dim_feedforward"] = int(fields["hidden_scale"] * fields["depformer_dim"])
         return cls(**fields)
 
 
-# Official key -> (our field, or in a list the values known here, ... for any); the official default, None for none.
+# For `read_keys`: all that config.json may say.
 _MOSHI_KEYS: dict[str, tuple] = {
     **{key: (key, default) for key, default in {
         "dim": 128, "num_layers": None, "num_heads": 8, "kv_repeat": 1, "hidden_scale": 4, "context": None,
@@ -95,20 +95,23 @@ _MOSHI_KEYS: dict[str, tuple] = {
     "layer_scale": ([None], None), "positional_embedding": (["rope"], "sin"), "norm_emb": ([False], False),
     "bias_proj": ([False], False), "cross_attention": ([False], False), "text_card_out": ([None], None),
     "demux_second_text_stream": ([False], False), "demux_second_stream": ([False], False),
-    "extra_heads_num_heads": ([0], 0), "extra_heads_dim": (ANY, 6), "conditioners": ([{}], {}), "fuser": (ANY, None),
-    "lora": ([False], False), "lora_rank": (ANY, 128), "lora_scaling": (ANY, 2.0), "quantize": ([False], False),
-    "gradient_checkpointing": (ANY, False), "depformer_gating": (["silu"], "none"), "depformer_norm": ([None], None),
+    "extra_heads_num_heads": ([0], 0), "conditioners": ([{}], {}), "lora": ([False], False),
+    "quantize": ([False], False), "depformer_gating": (["silu"], "none"), "depformer_norm": ([None], None),
     "depformer_layer_scale": ([None], None), "depformer_pos_emb": (["none"], "sin"),
     "depformer_multi_linear": ([True], False), "depformer_weights_per_step": ([True], False),
     "depformer_weights_per_step_schedule": ([None], None), "depformer_low_rank_embeddings": ([None], None),
-    "depformer_context": (ANY, None), "depformer_causal": (ANY, True), "depformer_max_period": (ANY, None),
+    "model_type": (["moshi"], "moshi"), "lora_name": ([None, ""], None),
+    **dict.fromkeys((
+        "extra_heads_dim", "fuser", "lora_rank", "lora_scaling", "gradient_checkpointing", "depformer_context",
+        "depformer_causal", "depformer_max_period", "moshi_name", "mimi_name", "mimi_config_name",
+        "tokenizer_name", "lm_gen_config", "stt_config", "tts_config", "model_id"), (ANY, None)),
 }
 
 # ----------------------------------------------------------------------------------------------------- blocks
 
 
 class RMSNorm(nn.Module):
-    """x * alpha / sqrt(mean(x^2) + 1e-8) over the last axis, computed in float32 (Zhang and Sennrich 2019)."""
+    """x * alpha / sqrt(mean(x^2) + 1e-8) over the last axis, in float32 (Zhang and Sennrich 2019)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -121,7 +124,7 @@ class RMSNorm(nn.Module):
 
 
 def gated_width(dim: int, feedforward: int) -> int:
-    """Hidden units of a SwiGLU that costs as much as a plain feed-forward: two thirds, at 4 * dim 21/8 of dim."""
+    """Hidden units of a SwiGLU that costs what a plain feed-forward does: 2/3, and at 4 * dim 21/8 of dim."""
     return 21 * dim // 8 if feedforward == 4 * dim else 2 * feedforward // 3
 
 
@@ -157,7 +160,7 @@ def codebook_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class DepthLayer(nn.Module):
-    """A transformer layer across the codebooks of a frame, each with its own projections; no positions needed."""
+    """A transformer layer across the codebooks of a frame, each with its own weights, so without positions."""
 
     def __init__(self, config: MoshiConfig):
         super().__init__()
@@ -167,15 +170,16 @@ class DepthLayer(nn.Module):
         self.head_dim = dim // self.num_heads
         hidden = gated_width(dim, config.depformer_dim_feedforward)
         self.norm1, self.norm2 = RMSNorm(dim), RMSNorm(dim)
-        self.in_proj = nn.Parameter(torch.empty(K, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, dim))
+        self.split = [self.num_heads, self.num_kv_heads, self.num_kv_heads]  # queries, keys, values
+        self.in_proj = nn.Parameter(torch.empty(K, sum(self.split) * self.head_dim, dim))
         self.out_proj = nn.Parameter(torch.empty(K, dim, dim))
         self.linear_in = nn.Parameter(torch.empty(K, 2 * hidden, dim))
         self.linear_out = nn.Parameter(torch.empty(K, dim, hidden))
 
     def forward(self, x: Tensor, codebooks: slice, past: list[Tensor] | None) -> Tensor:
-        """x [K', N, D] of these codebooks -> [K', N, D]. `past` collects keys and values; None: all K' at once."""
+        """x [K', N, D] of these codebooks -> the same. `past` collects keys and values; None: all at once."""
         heads = codebook_linear(self.norm1(x), self.in_proj[codebooks]).unflatten(-1, (-1, self.head_dim))
-        q, k, v = heads.permute(1, 2, 0, 3).split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        q, k, v = heads.permute(1, 2, 0, 3).split(self.split, dim=1)  # [N, H or KV, K', head_dim]
         if past is not None:
             past.append(torch.stack([k, v]))
             k, v = torch.cat(past, dim=3)  # [N, KV, codebooks so far, head_dim]
@@ -189,7 +193,7 @@ class DepthLayer(nn.Module):
 class DepthDecoder(nn.Module):
     """Predicts the audio tokens of one step, codebook after codebook (the official Depformer).
 
-    At codebook k it reads Helium's output and the token before: the text token for k = 0, else audio token k - 1.
+    At codebook k it reads Helium's output and the token before: the text for k = 0, else audio token k - 1.
     """
 
     def __init__(self, config: MoshiConfig):
@@ -203,14 +207,14 @@ class DepthDecoder(nn.Module):
         self.output_proj = nn.Parameter(torch.empty(K, config.card, dim))
 
     def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Teacher forcing: hidden [B, S, D], tokens [B, K, S] (text, audio 0 .. K - 2) -> logits [B, K, S, card]."""
+        """Teacher forcing: hidden [B, S, D], tokens [B, K, S] (text, audio 0..K-2) -> logits [B, K, S, card]."""
         tables = [self.text_emb, *self.audio_emb]
         previous = torch.stack([embed(table, tokens[:, k].flatten()) for k, table in enumerate(tables)])
         x = self.run(hidden.flatten(0, 1), previous, slice(None), [None] * len(self.layers))
         return x.unflatten(1, hidden.shape[:2]).transpose(0, 1)
 
     def step(self, k: int, hidden: Tensor, token: Tensor, past: list[list[Tensor]]) -> Tensor:
-        """Codebook k alone: hidden [B, D], the token before [B] -> logits [B, card]. `past`: a list for each layer."""
+        """Codebook k alone: hidden [B, D], token before [B] -> logits [B, card]. `past`: a list per layer."""
         previous = embed(self.audio_emb[k - 1] if k else self.text_emb, token)
         return self.run(hidden, previous[None], slice(k, k + 1), past)[0]
 
@@ -226,33 +230,30 @@ class DepthDecoder(nn.Module):
 # ----------------------------------------------------------------------------------------------------- delays
 
 
-def delay(codes: Tensor, delays: tuple[int, ...], initial: Tensor) -> Tensor:
-    """Shifts stream k of codes [B, K, F] right by delays[k] steps. The gap gets initial[k], the end falls off."""
-    length = codes.shape[-1]
-    streams = []
-    for k, shift in enumerate(delays):
-        gap = initial[k].expand(len(codes), min(shift, length))
-        streams.append(torch.cat([gap, codes[:, k, : max(length - shift, 0)]], dim=-1))
-    return torch.stack(streams, dim=1)
+def delay(codes: Tensor, delays: list[int], initial: Tensor) -> Tensor:
+    """Shifts stream k of codes [B, K, F] right by delays[k]. The gap gets initial[k], the end falls off."""
+    length, longest = codes.shape[-1], max(delays)
+    gap = initial[:, None].expand(*codes.shape[:2], longest)
+    padded = torch.cat([gap, codes], dim=-1)
+    starts = [longest - shift for shift in delays]
+    return torch.stack([padded[:, k, start : start + length] for k, start in enumerate(starts)], dim=1)
 
 
-def undelay(x: Tensor, delays: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Shifts stream k of x [B, K, F, ...] back to the left: the inverse of `delay`.
-
-    Returns it with NaN where a stream has run out, and the mask [B, K, F] of what is there.
-    """
+def undelay(x: Tensor, delays: list[int]) -> tuple[Tensor, Tensor]:
+    """The inverse of `delay` for x [B, K, F, C], with NaN where a stream has run out; and the mask [B, K, F]."""
     length = x.shape[2]
-    steps = torch.arange(length, device=x.device) + torch.tensor(delays, device=x.device)[:, None]  # [K, F]
-    mask = (steps < length).expand(len(x), -1, -1)
-    shifted = torch.stack([x[:, k, row] for k, row in enumerate(steps.clamp(max=length - 1))], dim=1)
-    return shifted.masked_fill(~mask.view(*mask.shape, *[1] * (x.dim() - 3)), float("nan")), mask
+    gap = x.new_full((1, 1, 1, 1), math.nan).expand(*x.shape[:2], max(delays), x.shape[3])
+    padded = torch.cat([x, gap], dim=2)
+    shifted = torch.stack([padded[:, k, shift : shift + length] for k, shift in enumerate(delays)], dim=1)
+    there = torch.arange(length, device=x.device) < length - torch.tensor(delays, device=x.device)[:, None]
+    return shifted, there.expand(len(x), -1, -1)
 
 
 # ------------------------------------------------------------------------------------------------------ Moshi
 
 
 class MoshiOutput(NamedTuple):
-    """Logits aligned with the codes they predict; NaN where the delay has run out. The masks say what counts."""
+    """Logits aligned with the codes they predict; NaN where delays have run out. The masks say what counts."""
 
     text_logits: Tensor  # [B, 1, F, text_card]
     text_mask: Tensor  # [B, 1, F]
@@ -268,14 +269,13 @@ class Moshi(nn.Module):
         self.config = config
         dim = config.dim
         hidden = gated_width(dim, int(config.hidden_scale * dim))
-
-        def layer() -> TransformerLayer:
-            attention = Attention(dim, config.num_heads, config.num_heads // config.kv_repeat)
-            return TransformerLayer(attention, GatedFeedForward(dim, hidden), RMSNorm, nn.Identity)
-
         self.text_emb = nn.Embedding(config.text_card + 1, dim)
         self.audio_embs = nn.ModuleList(nn.Embedding(config.card + 1, dim) for _ in range(config.n_q))
-        self.transformer = Transformer([layer() for _ in range(config.num_layers)], config.context, config.max_period)
+        layers = []
+        for _ in range(config.num_layers):
+            attention = Attention(dim, config.num_heads, config.num_heads // config.kv_repeat)
+            layers.append(TransformerLayer(attention, GatedFeedForward(dim, hidden), RMSNorm, nn.Identity))
+        self.transformer = Transformer(layers, config.context, config.max_period)
         self.out_norm = RMSNorm(dim)
         self.text_linear = nn.Linear(dim, config.text_card, bias=False)
         self.depth_decoder = DepthDecoder(config)
@@ -287,42 +287,41 @@ class Moshi(nn.Module):
     @property
     def initial(self) -> Tensor:
         """[1 + n_q], the tokens that start the streams."""
-        config = self.config
-        return torch.tensor([config.text_card] + [config.card] * config.n_q, device=self.text_emb.weight.device)
+        tokens = [self.config.text_card] + [self.config.card] * self.config.n_q
+        return torch.tensor(tokens, device=self.text_emb.weight.device)
 
     def temporal(self, tokens: Tensor, state: dict | None = None) -> tuple[Tensor, Tensor]:
-        """Helium on raw tokens [B, 1 + n_q, S], nothing delayed -> hidden [B, S, D], text logits [B, S, text_card].
+        """Helium on raw tokens [B, 1 + n_q, S] -> hidden [B, S, D], text logits [B, S, text_card].
 
-        A token of -1 adds nothing, so audio of -1 makes Helium a plain text model.
+        Nothing is delayed here. A token of -1 adds nothing, so audio of -1 makes Helium a plain text model.
         """
         x = sum(embed(table.weight, tokens[:, 1 + k]) for k, table in enumerate(self.audio_embs))
         hidden = self.out_norm(self.transformer(x + embed(self.text_emb.weight, tokens[:, 0]), state))
         return hidden, self.text_linear(hidden)
 
     def depth(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """The depth decoder, teacher-forced: hidden [B, S, D], this step's text and audio tokens [B, 1 + dep_q, S] or
-        more streams, the last of which isn't read -> logits [B, dep_q, S, card]."""
+        """The depth decoder, teacher-forced: hidden [B, S, D], tokens [B, dep_q or more, S] of the same steps
+        (text, audio 0..dep_q-2, what follows isn't read) -> logits [B, dep_q, S, card]."""
         return self.depth_decoder(hidden, tokens[:, : self.config.dep_q])
 
     def forward(self, codes: Tensor) -> MoshiOutput:
-        """codes [B, 1 + n_q, F] of all streams, not delayed (-1: unknown) -> logits of the text and Moshi's audio."""
-        config, initial = self.config, self.initial
-        if codes.dim() != 3 or codes.shape[1] != 1 + config.n_q:
-            raise ValueError(f"Moshi takes codes as [batch, {1 + config.n_q}, frames], not {list(codes.shape)}")
-        delayed = delay(codes, config.delays, initial)
-        start = initial[:, None].expand(len(codes), -1, 1)
-        hidden, text_logits = self.temporal(torch.cat([start, delayed[..., :-1]], dim=-1))
-        text, text_mask = undelay(text_logits[:, None], config.delays[:1])
-        audio, audio_mask = undelay(self.depth(hidden, delayed), config.delays[1 : 1 + config.dep_q])
-        known = codes[:, : 1 + config.dep_q] != NO_INPUT
+        """codes [B, 1 + n_q, F] of all streams, aligned (-1: unknown) -> logits of text and Moshi's audio."""
+        delays, own = self.config.delays, 1 + self.config.dep_q
+        if codes.dim() != 3 or codes.shape[1] != len(delays):
+            raise ValueError(f"Moshi takes codes as [batch, {len(delays)}, frames], not {list(codes.shape)}")
+        # A step reads what the step before has made, so the inputs are one step later than the targets.
+        hidden, text_logits = self.temporal(delay(codes, [1 + shift for shift in delays], self.initial))
+        text, text_mask = undelay(text_logits[:, None], delays[:1])
+        audio, audio_mask = undelay(self.depth(hidden, delay(codes, delays, self.initial)), delays[1:own])
+        known = codes[:, :own] != NO_INPUT
         return MoshiOutput(text, text_mask & known[:, :1], audio, audio_mask & known[:, 1:])
 
     def loss(self, codes: Tensor, text_padding_weight: float = 0.5,
              first_codebook_weight: float = 100.0) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss on codes [B, 1 + n_q, F]: total, {"text": ..., "audio": ...}.
 
-        Each part is a weighted mean of cross-entropies. PAD and EPAD weigh less than words, since they are most of
-        the text; the semantic codebook weighs more than the others. As in moshi-finetune, with its example's weights.
+        Each part is a weighted mean of cross-entropies. PAD and EPAD weigh less than words, since they are most
+        of the text; the semantic codebook weighs more. As in moshi-finetune, with its example's weights.
         """
         config, output = self.config, self(codes)
 
@@ -346,8 +345,8 @@ class Moshi(nn.Module):
 def sample(logits: Tensor, temp: float, top_k: int) -> Tensor:
     """One token [B] of logits [B, C]: the likeliest at temp 0, else drawn among the top_k.
 
-    p / Exponential(1) noise is largest at i with probability p_i. This draws no token on the CPU, as multinomial
-    does, and in the official order: the same seed gives the same tokens.
+    p / Exponential(1) noise is largest at i with probability p_i. Unlike multinomial this never waits for the
+    GPU, and numbers are drawn in the official order: the same seed gives the same tokens.
     """
     if temp == 0:
         return logits.argmax(dim=-1)
@@ -360,9 +359,9 @@ def sample(logits: Tensor, temp: float, top_k: int) -> Tensor:
 class MoshiGen:
     """Talks: a frame of the user's codes in, a frame of text and Moshi's codes out, for ever.
 
-    Its cache holds the tokens of the last steps in delayed time, position p in column p % columns: column p of stream
-    k is frame p - 1 - delays[k]. On CUDA a step is one captured graph; `cuda_graph=False` runs it eagerly, to step
-    through. `greedy` takes the likeliest token everywhere. Sampling draws from torch's global generator.
+    Its cache holds the tokens of the last steps in delayed time, position p in column p % columns: position p of
+    stream k is frame p - 1 - delays[k]. On CUDA a step is one captured graph; `cuda_graph=False` runs it eagerly,
+    to step through. `greedy` takes the likeliest token everywhere. Random numbers are torch's global ones.
     """
 
     def __init__(self, moshi: Moshi, batch_size: int = 1, temp: float = 0.8, temp_text: float = 0.7,
@@ -372,19 +371,20 @@ class MoshiGen:
         self.moshi, self.config = moshi, moshi.config
         self.temp, self.temp_text = (0.0, 0.0) if greedy else (temp, temp_text)
         self.top_k, self.top_k_text = top_k, top_k_text
-        device = moshi.text_emb.weight.device
+        self.own = 1 + self.config.dep_q  # streams that Moshi makes: text and its voice
+        self.max_delay = max(self.config.delays)
+        self.initial = moshi.initial[:, None]  # [1 + n_q, 1], as are the delays
+        device = self.initial.device
+        self.delays = torch.tensor(self.config.delays, device=device)[:, None]
+        self.state = init_state(moshi, batch_size)
+        # All that a step reads and writes lies in tensors that stay where they are, for the graph's sake.
+        self.offset = torch.zeros(1, dtype=torch.long, device=device)  # steps so far
+        streams, columns = len(self.delays), 2 * self.max_delay + 2
+        self.cache = torch.empty(batch_size, streams, columns, dtype=torch.long, device=device)
+        self.user = torch.empty(batch_size, streams - self.own, 1, dtype=torch.long, device=device)
+        self.forced = torch.empty(batch_size, self.own, 1, dtype=torch.long, device=device)
         self.cuda_graph = cuda_graph and device.type == "cuda"
         self.graph, self.warm = None, False
-        config = self.config
-        self.own = 1 + config.dep_q  # streams that Moshi makes: text and its voice
-        self.max_delay = max(config.delays)
-        self.delays = torch.tensor(config.delays, device=device)[:, None]  # [1 + n_q, 1]
-        self.initial = moshi.initial[:, None]
-        self.state = init_state(moshi, batch_size)
-        self.offset = torch.zeros(1, dtype=torch.long, device=device)  # steps so far; a tensor for the graph's sake
-        self.cache = torch.empty(batch_size, 1 + config.n_q, 2 * self.max_delay + 2, dtype=torch.long, device=device)
-        self.user = torch.empty(batch_size, config.n_q - config.dep_q, 1, dtype=torch.long, device=device)
-        self.forced = torch.empty(batch_size, self.own, 1, dtype=torch.long, device=device)
         self.reset()
 
     def reset(self) -> None:
@@ -397,12 +397,13 @@ class MoshiGen:
         self.steps = 0
 
     @torch.no_grad()
-    def step(self, user_codes: Tensor, text: Tensor | None = None, audio: Tensor | None = None) -> Tensor | None:
-        """The user's codes [B, n_q - dep_q, 1] -> tokens [B, 1 + dep_q, 1], text first, or None while delays fill.
+    def step(self, user_codes: Tensor, text: Tensor | None = None,
+             audio: Tensor | None = None) -> Tensor | None:
+        """The user's codes [B, n_q - dep_q, 1] -> tokens [B, 1 + dep_q, 1], text first, or None at the start.
 
-        The frame that comes out is the one heard max(delays) steps ago. `text` [B] and `audio` [B, dep_q] force the
-        tokens of this step (delayed time) in place of those sampled; random numbers are drawn all the same. -2 in
-        them means: sample this one.
+        A frame comes out whole max(delays) steps after its first tokens. `text` [B] and `audio` [B, dep_q] force
+        the tokens of this step (delayed time) in place of those sampled, for which random numbers are drawn all
+        the same. -2 in them means: sample this one.
         """
         if user_codes.shape != self.user.shape:
             raise ValueError(f"a step takes user codes {list(self.user.shape)}, not {list(user_codes.shape)}")
@@ -412,7 +413,7 @@ class MoshiGen:
             self.forced[:, 0, 0] = text
         if audio is not None:
             self.forced[:, 1:, 0] = audio
-        # Warm-up steps would change the memory and draw numbers, so the first step is eager and the second captured.
+        # Dummy steps to warm up would spoil memory and random numbers: the first is eager, the second captured.
         if self.cuda_graph and self.graph is None and self.warm:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
@@ -438,17 +439,20 @@ class MoshiGen:
         cached = self.cache[:, :own].index_select(2, now)  # a prefill may have left tokens for this step
         forced = torch.where(self.forced == UNGENERATED, cached, self.forced)[:, :, 0]
 
-        made = []
-        past: list[list[Tensor]] = [[] for _ in self.moshi.depth_decoder.layers]
+        made, past = [], [[] for _ in self.moshi.depth_decoder.layers]
         for k in range(own):  # the text, then the codebooks, each seeing the one before
-            logits = self.moshi.depth_decoder.step(k - 1, hidden[:, 0], made[-1], past) if k else text_logits[:, 0]
-            token = sample(logits, self.temp, self.top_k) if k else sample(logits, self.temp_text, self.top_k_text)
+            if k == 0:
+                token = sample(text_logits[:, 0], self.temp_text, self.top_k_text)
+            else:
+                logits = self.moshi.depth_decoder.step(k - 1, hidden[:, 0], made[-1], past)
+                token = sample(logits, self.temp, self.top_k)
             made.append(torch.where(forced[:, k] == UNGENERATED, token, forced[:, k]))
         self.cache[:, :own].index_copy_(2, now, torch.stack(made, dim=1)[..., None])
 
         where = (self.offset - self.max_delay + self.delays[:own]) % columns
         aligned = self.cache[:, :own].gather(2, where.expand(len(self.cache), -1, -1))
-        self.cache.index_fill_(2, (now + self.max_delay + 1) % columns, UNGENERATED)  # used up; the next to be forced
+        # What stood in the column that is used next to force tokens is used up.
+        self.cache.index_fill_(2, (now + self.max_delay + 1) % columns, UNGENERATED)
         return aligned
 
     @torch.no_grad()
@@ -458,23 +462,21 @@ class MoshiGen:
         It ends with the step that hears the user's frame F - 1, and returns what that step gives: frame
         F - max(delays), if there is one. Next comes `step` with the user's frame F.
         """
-        frames, initial = codes.shape[-1], self.moshi.initial
+        frames, shifts = codes.shape[-1], [1 + shift for shift in self.config.delays]
         if self.steps:
             raise ValueError("prefill starts a conversation, call reset() before it")
         if codes.shape[:2] != self.cache.shape[:2]:
             raise ValueError(f"prefill takes codes [{len(self.cache)}, {1 + self.config.n_q}, frames]")
         if not frames:
             return None
-        delayed = delay(codes, self.config.delays, initial)
-        start = initial[:, None].expand(len(codes), -1, 1)
-        self.moshi.temporal(torch.cat([start, delayed[..., :-1]], dim=-1), self.state)
+        self.moshi.temporal(delay(codes, shifts, self.moshi.initial), self.state)
         self.offset.fill_(frames)
         self.steps = frames
-        # What later steps find: position p of stream k holds frame p - 1 - delays[k], if the history has it.
-        for position in range(max(0, frames - self.max_delay), frames + self.max_delay + 1):
-            for k, shift in enumerate(self.config.delays):
-                if 0 <= position - 1 - shift < frames:
-                    self.cache[:, k, position % self.cache.shape[-1]] = codes[:, k, position - 1 - shift]
+        # What later steps find in the cache, the delayed streams beyond this position among it.
+        beyond = F.pad(codes, (0, max(shifts)), value=UNGENERATED)
+        tokens = delay(beyond, shifts, torch.full_like(self.moshi.initial, UNGENERATED))
+        positions = torch.arange(max(0, frames - self.max_delay), tokens.shape[-1], device=codes.device)
+        self.cache[:, :, positions % self.cache.shape[-1]] = tokens[:, :, positions]
         return self.step(codes[:, self.own :, -1:])
 
 
@@ -498,7 +500,7 @@ MOSHI_NAMES = [  # as in mimi_min.MIMI_NAMES
 
 def load_moshi(path: str | Path, config: MoshiConfig | None = None, device="cpu",
                dtype: torch.dtype | None = torch.bfloat16) -> Moshi:
-    """Moshi from an official SafeTensors file; `config` None is the released 7B, `dtype` None what is stored."""
+    """Moshi from an official SafeTensors file; `config` None is the released 7B, `dtype` None the file's."""
     with torch.device("meta"):
         moshi = Moshi(config or MoshiConfig())
     load_weights(moshi, path, MOSHI_NAMES, device, dtype)
@@ -532,34 +534,29 @@ def _read_json(path: Path) -> dict:
 def load_checkpoint(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Checkpoint:
     """Opens a folder in the official format; without `config.json` it is a Moshi 7B.
 
-    `dtype` None is bfloat16, or float32 for a model narrow enough that a CPU doesn't mind. What is missing raises
-    FileNotFoundError, what is wrong ValueError, with one sentence.
+    `dtype` None is bfloat16, or on a CPU float32 for a narrow model. What is missing raises FileNotFoundError,
+    what is wrong ValueError, with one sentence.
     """
-    folder = Path(folder)
-    raw = _read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    config = dict(raw)
-    moshi_path, mimi_path, tokenizer_path = (folder / config.pop(key, default) for key, default in (
-        ("moshi_name", MOSHI_FILE), ("mimi_name", MIMI_FILE), ("tokenizer_name", TOKENIZER_FILE)))
-    if missing := [path.name for path in (moshi_path, mimi_path) if not path.is_file()]:
-        raise FileNotFoundError(f"{folder}: no checkpoint there, missing {' and '.join(missing)}")
-    mimi_config_name = config.pop("mimi_config_name", None)
-    mimi_config = MimiConfig.from_dict(_read_json(folder / mimi_config_name)) if mimi_config_name else MimiConfig()
-    for key, known in (("model_type", ["moshi"]), ("lora_name", [None, ""])):
-        if key in config and config.pop(key) not in known:
-            raise ValueError(f"{folder}: {key} {raw[key]!r} is not supported")
-    for key in ("lm_gen_config", "stt_config", "tts_config", "model_id"):
-        config.pop(key, None)
-    moshi_config = MoshiConfig.from_dict(config) if raw else MoshiConfig()
-    if moshi_config.card != mimi_config.codebook_size:
-        raise ValueError(f"{folder}: Moshi has {moshi_config.card} audio tokens, Mimi {mimi_config.codebook_size}")
+    folder, config, moshi_config, mimi_config = Path(folder), {}, MoshiConfig(), MimiConfig()
+    if (folder / "config.json").exists():
+        config = _read_json(folder / "config.json")
+        moshi_config = MoshiConfig.from_dict(config)
+    if config.get("mimi_config_name"):
+        mimi_config = MimiConfig.from_dict(_read_json(folder / config["mimi_config_name"]))
+    own, card = moshi_config.dep_q, moshi_config.card
+    if card != mimi_config.codebook_size:
+        raise ValueError(f"{folder}: Moshi has {card} audio tokens, Mimi {mimi_config.codebook_size}")
     if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" and moshi_config.dim <= 1024 else torch.bfloat16
-    mimi = load_mimi(mimi_path, mimi_config, max(moshi_config.dep_q, moshi_config.n_q - moshi_config.dep_q), device)
-    moshi = load_moshi(moshi_path, moshi_config, device, dtype)
+        narrow = torch.device(device).type == "cpu" and moshi_config.dim <= 1024
+        dtype = torch.float32 if narrow else torch.bfloat16
+    mimi_path = folder / config.get("mimi_name", MIMI_FILE)
+    mimi = load_mimi(mimi_path, mimi_config, max(own, moshi_config.n_q - own), device)
+    moshi = load_moshi(folder / config.get("moshi_name", MOSHI_FILE), moshi_config, device, dtype)
+    tokenizer_path = folder / config.get("tokenizer_name", TOKENIZER_FILE)
     tokenizer = None
     if tokenizer_path.exists():
         try:
             tokenizer = SentencePieceProcessor(model_file=str(tokenizer_path))
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{tokenizer_path}: not a SentencePiece model ({error})") from None
-    return Checkpoint(moshi, mimi, tokenizer, raw)
+    return Checkpoint(moshi, mimi, tokenizer, config)
