@@ -22,19 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimi_min import init_state
+from mimi_min import init_state, whole_file
 from moshi_min import MIMI_FILE, MOSHI_FILE, NO_INPUT, TOKENIZER_FILE, MoshiGen, load_checkpoint
 
 TINY = Path(__file__).resolve().parent / "tiny"
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-
 class Problem(Exception):
     """Something that the user can put right: one line that says what and how."""
 
-
 # ------------------------------------------------------------------------------------------------------ sound
-
 
 def read_wav(path: Path) -> tuple[Tensor, int]:
     """The mean of all channels [T] in -1..1, and the sample rate. PCM of 8 to 32 bits, or float."""
@@ -63,26 +60,22 @@ def read_wav(path: Path) -> tuple[Tensor, int]:
     if size > there:
         raise Problem(f"{path} is cut off: {there} of {size} bytes of sound are there" + again)
     raw = np.frombuffer(data, np.uint8, size // block * block, place)
-    if not len(raw):
-        raise Problem(f"{path} holds no sound" + again)
     if form == 3:
         samples = raw.view(f"<f{width}")
     else:  # whole numbers, put into the upper bytes of 32 bits; 8 bits have their zero at 128
         wide = np.zeros((len(raw) // width, 4), np.uint8)
         wide[:, 4 - width :] = (raw ^ 128 if width == 1 else raw).reshape(-1, width)
         samples = wide.view("<i4")[:, 0] / np.float32(2**31)
-    if not np.isfinite(samples).all():
-        raise Problem(f"{path} holds samples that are not finite numbers" + again)
+    if not len(samples) or not np.isfinite(samples).all():
+        what = "samples that are not finite numbers" if len(samples) else "no sound"
+        raise Problem(f"{path} holds {what}" + again)
     return torch.from_numpy(samples.clip(-1, 1).reshape(-1, channels).mean(axis=1, dtype=np.float32)), rate
-
 
 def resample(x: Tensor, rate_in: int, rate_out: int) -> Tensor:
     """x [T] at `rate_in` Hz -> [ceil(T * rate_out / rate_in)] at `rate_out` Hz, by a windowed sinc.
-
     The low-pass (32 zero crossings on each side, Kaiser window) lies midway between 0.8 of the lower Nyquist
     frequency, which passes, and that frequency, which does not. An output is the product of the inputs around
-    it with the filter, shifted to where it falls between two of them; these shifts (phases) repeat.
-    """
+    it with the filter, shifted to where it falls between two of them; these shifts (phases) repeat."""
     if rate_in == rate_out:
         return x
     up, down = rate_out // math.gcd(rate_in, rate_out), rate_in // math.gcd(rate_in, rate_out)
@@ -99,25 +92,11 @@ def resample(x: Tensor, rate_in: int, rate_out: int) -> Tensor:
         blocks.append((windows[numbers * down // up] * filters[which]).sum(1))
     return torch.cat(blocks)
 
-
 def pipe_frames(frame_size: int):
     """Frames [frame_size] of raw 16-bit mono as they come from standard input, the last one zero-padded."""
     while data := sys.stdin.buffer.read(2 * frame_size):
         samples = torch.from_numpy(np.frombuffer(data, "<i2", len(data) // 2) / np.float32(32768))
         yield F.pad(samples, (0, frame_size - len(samples)))
-
-
-@contextlib.contextmanager
-def whole_file(path: str):
-    """A file to write that gets the name `path` once the block has ended well, and is gone otherwise."""
-    temporary = Path(f"{path}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
 
 class SoundWriter:
     """Writes 16-bit sound by the frame: Moshi alone, or the user left and Moshi right; raw or as a WAV."""
@@ -150,11 +129,9 @@ class SoundWriter:
                 "<4sI8sIHHIIHH4sI", b"RIFF", 36 + self.size, b"WAVEfmt ", 16, 1, self.channels, self.rate,
                 self.rate * block, block, 16, b"data", self.size))
 
-
 def forget_pipe(stream) -> None:
     """What is still written to `stream` goes nowhere: its reader has gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
 
 class Screen:
     """What one sees meanwhile: the inner monologue on `stream`, a progress line on standard error."""
@@ -195,16 +172,12 @@ class Screen:
         done = self.frames * self.frame_seconds
         return f"{done:.1f}{self.of} s, {done / max(self.busy, 1e-9):.2f} times real time"
 
-
 # ------------------------------------------------------------------------------------------- the conversation
-
 
 @torch.no_grad()
 def converse(mimi, gen: MoshiGen, frames, screen: Screen, writer: SoundWriter) -> tuple[Tensor, bool]:
     """Talks while `frames` come (the user's sound, [frame_size] each), or until Ctrl-C.
-
-    Returns the aligned codes of all streams [1 + n_q, F], NO_INPUT where there is none; True after Ctrl-C.
-    """
+    Returns the aligned codes of all streams [1 + n_q, F], NO_INPUT where there is none; True after Ctrl-C."""
     state, heard, said, interrupted = init_state(mimi, 1), [], [], False
     try:
         for frame in frames:
@@ -228,9 +201,7 @@ def converse(mimi, gen: MoshiGen, frames, screen: Screen, writer: SoundWriter) -
             rows[:, f] = tokens[0, :, 0]
     return codes, interrupted
 
-
 # ------------------------------------------------------------------------------------------- the command line
-
 
 def number(kind: type, low: int):
     """A reader of numbers from `low` on, for argparse."""
@@ -242,7 +213,6 @@ def number(kind: type, low: int):
         raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number from {low} to 10^9")
     return read
 
-
 SETTINGS = (  # option, what it is, its reader, its place in config.json, and its value when that says nothing
     ("temp", "temperature of the audio", number(float, 0), "lm_gen_config", "temp", 0.8),
     ("temp_text", "temperature of the text", number(float, 0), "lm_gen_config", "temp_text", 0.7),
@@ -251,7 +221,6 @@ SETTINGS = (  # option, what it is, its reader, its place in config.json, and it
     ("lead_seconds", "of silence first", number(float, 0), "stt_config", "audio_silence_prefix_seconds", 0),
     ("extra_seconds", "of silence last, to answer", number(float, 0), "stt_config", "audio_delay_seconds", 5),
 )
-
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line, checked as far as that goes before anything is loaded."""
@@ -287,7 +256,6 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     if not there[args.device]:
         parser.error(f"--device {args.device}: there is no such device here; try --device cpu")
     return args
-
 
 def run(args: argparse.Namespace) -> int:
     """Loads, talks, saves; returns the exit code."""
@@ -326,7 +294,7 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.nullcontext(sys.stdout.buffer) if raw else whole_file(args.output) as file:
         writer = SoundWriter(file, args.stereo, rate, raw)
         codes, interrupted = converse(mimi, gen, frames, screen, writer)
-        screen.print("\n")
+        screen.print(screen.utf8.decode(b"", True) + "\n")  # with what came of a last character, if cut off
         if not screen.frames:
             raise KeyboardInterrupt if interrupted else Problem("no sound on standard input; check the pipe")
         writer.finish()
@@ -336,7 +304,6 @@ def run(args: argparse.Namespace) -> int:
     print(f"{screen.frames} frames, {1000 * screen.busy / screen.frames:.1f} ms per frame, {screen}: "
           f"{'standard output' if raw else args.output}", file=sys.stderr)
     return 130 if interrupted else 0
-
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the program. Exit codes: 0, 2 after a problem that the user can put right, 130 after Ctrl-C."""
@@ -355,7 +322,6 @@ def main(argv: list[str] | None = None) -> int:
         problem = "out of memory; try --dtype bfloat16, another --device, or a smaller checkpoint"
     print(f"generate.py: error: {' '.join(problem.split())}", file=sys.stderr)
     return 2
-
 
 if __name__ == "__main__":
     sys.exit(main())

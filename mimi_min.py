@@ -1,12 +1,11 @@
 """Mimi, the codec of Moshi: 24 kHz sound <-> 12.5 frames a second of a few small integers, in one file.
 
     sound [B, 1, T] -> SEANet encoder (25 Hz) -> transformer -> downsample (12.5 Hz) -> latent [B, D, F]
-    latent -> split residual vector quantizer -> codes [B, K, F], and all the way back.
+    latent -> split residual vector quantizer -> codes [B, K, F], and all the way back
 
-What is notable:
-- everything is causal: a frame of 80 ms goes in, its codes come out, nothing waits for the future;
-- the first codebook is semantic (trained to follow a speech recogniser's features), the others are acoustic;
-- one way to stream: `init_state(module, batch)` makes the memory of every module inside, `forward(x, state)`
+- Everything is causal: a frame of 80 ms goes in, its codes come out, nothing waits for the future.
+- The first codebook is semantic (trained to follow a speech recogniser's features), the others are acoustic.
+- One way to stream: `init_state(module, batch)` makes the memory of every module inside, `forward(x, state)`
   reads and updates it in place, and `state=None` is the whole sequence at once. Both give the same numbers.
 
 From "Moshi: a speech-text foundation model for real-time dialogue" (Défossez et al. 2024, arXiv:2410.00037,
@@ -30,39 +29,31 @@ from torch import Tensor, nn
 
 # ---------------------------------------------------------------------------------------------- configuration
 
-
-ANY = "any"  # see read_keys
-
-
 def check_numbers(config, may_be_zero: tuple[str, ...] = ()) -> None:
     """ValueError unless every field of a config dataclass holds positive numbers of its kind."""
     for field in dataclasses.fields(config):
-        value = numbers = getattr(config, field.name)
-        if not field.type.startswith("tuple"):
-            numbers = [value]
-        elif not isinstance(value, (list, tuple)) or not value:
-            numbers = [None]
+        value = getattr(config, field.name)
+        is_list = isinstance(value, (list, tuple))
         kinds = (int, float) if field.type == "float" else (int,)
         lowest = 0 if field.name in may_be_zero else 1e-9
-        if not all(type(number) in kinds and lowest <= number < math.inf for number in numbers):
+        numbers = value if is_list else [value]
+        good = all(type(number) in kinds and lowest <= number < math.inf for number in numbers)
+        if not good or is_list != field.type.startswith("tuple"):
             raise ValueError(f"config: {field.name} cannot be {value!r}")
 
-
 def read_keys(given: dict, table: dict[str, tuple], what: str) -> dict:
-    """Our fields from official keys. `table`: official key -> (its use, its default). A use is a field of ours
-    (keys of one field must agree), a list of the values that are possible here, or ANY: read and ignored."""
+    """Our fields from official keys. `table`: official key -> (its use, its default), the use a field of ours
+    (keys of one field must agree), a list of the values that are possible here, or None: no use here."""
     if unknown := given.keys() - table.keys():
         raise ValueError(f"{what}: unknown key {min(unknown)!r}")
     fields: dict = {}
     for key, (use, default) in table.items():
-        if use == ANY:
-            continue
         value = given.get(key, default)
         possible = use if isinstance(use, list) else [fields.setdefault(use, value)]
-        if value not in possible:
+        if use and value not in possible:
             raise ValueError(f"{what}: {key} is {value!r}, but only {possible[0]!r} is possible here")
+    fields.pop(None, None)
     return fields
-
 
 @dataclasses.dataclass
 class MimiConfig:
@@ -110,47 +101,39 @@ class MimiConfig:
             flat["transformer.output_dimensions"] = widths[0]
         return cls(**read_keys(flat, _MIMI_KEYS, "Mimi config"))
 
-
 # For `read_keys`: all that the official JSON may say.
 _MIMI_KEYS: dict[str, tuple] = {
     "sample_rate": ("sample_rate", None), "frame_rate": ("frame_rate", None), "channels": ([1], 1),
-    "seanet.channels": ([1], 1), "seanet.dimension": ("latent_dim", 128), "seanet.n_filters": ("filters", 32),
-    "seanet.n_residual_layers": ([1], 3), "seanet.ratios": ("ratios", [8, 5, 4, 2]),
-    "seanet.activation": (["ELU"], "ELU"), "seanet.activation_params": ([{"alpha": 1.0}], {"alpha": 1.0}),
-    "seanet.norm": (["none"], "none"), "seanet.kernel_size": ("kernel_size", 7),
-    "seanet.residual_kernel_size": ("residual_kernel_size", 3),
-    "seanet.last_kernel_size": ("last_kernel_size", 7), "seanet.disable_norm_outer_blocks": ([0], 0),
-    "seanet.dilation_base": ([2], 2), "seanet.causal": ([True], False), "seanet.true_skip": ([True], True),
-    "seanet.pad_mode": (["constant"], "reflect"), "seanet.compress": ([2], 2),
-    "quantizer.dimension": ("codebook_dim", 128), "quantizer.input_dimension": ("latent_dim", None),
-    "quantizer.output_dimension": ("latent_dim", None), "quantizer.n_q": ("total_codebooks", 8),
-    "quantizer.n_q_semantic": ([1], 1), "quantizer.bins": ("codebook_size", 1024),
+    "seanet.channels": ([1], 1), "seanet.n_residual_layers": ([1], 3), "seanet.activation": (["ELU"], "ELU"),
+    "seanet.dimension": ("latent_dim", 128), "seanet.kernel_size": ("kernel_size", 7),
+    "seanet.n_filters": ("filters", 32), "seanet.norm": (["none"], "none"), "seanet.compress": ([2], 2),
+    "seanet.ratios": ("ratios", [8, 5, 4, 2]), "seanet.activation_params": ([{"alpha": 1.0}], {"alpha": 1.0}),
+    "seanet.dilation_base": ([2], 2), "seanet.true_skip": ([True], True), "seanet.causal": ([True], False),
+    "seanet.residual_kernel_size": ("residual_kernel_size", 3), "seanet.disable_norm_outer_blocks": ([0], 0),
+    "seanet.last_kernel_size": ("last_kernel_size", 7), "seanet.pad_mode": (["constant"], "reflect"),
+    "quantizer.dimension": ("codebook_dim", 128), "quantizer.bins": ("codebook_size", 1024),
+    "quantizer.input_dimension": ("latent_dim", None), "quantizer.output_dimension": ("latent_dim", None),
+    "quantizer.n_q": ("total_codebooks", 8), "quantizer.n_q_semantic": ([1], 1),
     "transformer.d_model": ("latent_dim", None), "transformer.input_dimension": ("latent_dim", None),
-    "transformer.output_dimensions": ("latent_dim", None), "transformer.num_heads": ("num_heads", None),
-    "transformer.num_layers": ("num_layers", None), "transformer.dim_feedforward": ("feedforward_dim", 2048),
-    "transformer.causal": ([True], False), "transformer.context": ("context", None),
-    "transformer.layer_scale": ([0.01], None), "transformer.conv_layout": ([True], False),
-    "transformer.positional_embedding": (["rope"], "sin"), "transformer.max_period": ("max_period", 10000),
-    "transformer.gating": (["none"], "none"), "transformer.norm": (["layer_norm"], "layer_norm"),
+    "transformer.output_dimensions": ("latent_dim", None), "transformer.conv_layout": ([True], False),
+    "transformer.num_heads": ("num_heads", None), "transformer.num_layers": ("num_layers", None),
+    "transformer.dim_feedforward": ("feedforward_dim", 2048), "transformer.max_period": ("max_period", 10000),
+    "transformer.causal": ([True], False), "transformer.gating": (["none"], "none"),
+    "transformer.context": ("context", None), "transformer.layer_scale": ([0.01], None),
+    "transformer.positional_embedding": (["rope"], "sin"), "transformer.norm": (["layer_norm"], "layer_norm"),
 }
 
 # -------------------------------------------------------------------------------------------------- streaming
 
-
 def init_state(module: nn.Module, batch_size: int) -> dict:
     """The empty memory of every module inside `module` that has one: {module: {name: tensor}}.
-
-    Pass it as `state` to stream. A call updates the tensors in place, so that a CUDA graph can replay it.
-    """
+    Pass it as `state` to stream. A call updates the tensors in place, so that a CUDA graph can replay it."""
     return {part: part.new_memory(batch_size) for part in module.modules() if hasattr(part, "new_memory")}
-
 
 class CausalConv1d(nn.Module):
     """A convolution that sees only the past: it pads with kernel - stride samples, all of them on the left.
-
     They are zeros or, with `repeat_first`, the first input; while streaming, the end of the last chunk.
-    [B, C_in, T] -> [B, C_out, T / stride], T a multiple of the stride.
-    """
+    [B, C_in, T] -> [B, C_out, T / stride], T a multiple of the stride."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, bias=True, repeat_first=False):
         super().__init__()
@@ -161,7 +144,7 @@ class CausalConv1d(nn.Module):
     def new_memory(self, batch_size: int) -> dict:
         """What the next chunk needs of this one: its last `kernel - stride` inputs."""
         past = self.conv.weight.new_zeros(batch_size, self.conv.in_channels, self.padding)
-        return {"past": past, "started": torch.zeros((), dtype=torch.bool, device=past.device)}
+        return {"past": past, "started": past.new_zeros((), dtype=torch.bool)}
 
     def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
         if self.padding:
@@ -178,14 +161,11 @@ class CausalConv1d(nn.Module):
         rows = x.unfold(-1, self.kernel, self.stride).transpose(1, 2).flatten(2)  # [B, T', C_in * kernel]
         return F.linear(rows, self.conv.weight.flatten(1), self.conv.bias).transpose(1, 2)
 
-
 class CausalConvTranspose1d(nn.Module):
     """Upsampling by `stride` with a kernel of 2 * stride, the last `stride` outputs left to the next input.
-
     Each input makes 2 * stride outputs: the first half lands beside the second half of the input before it.
     So it is a matrix product and an overlap-add, and all there is to remember is one second half.
-    [B, C_in, T] -> [B, C_out, T * stride]. `depthwise`: each channel by itself.
-    """
+    [B, C_in, T] -> [B, C_out, T * stride]. `depthwise`: each channel by itself."""
 
     def __init__(self, c_in: int, c_out: int, stride: int, bias: bool = True, depthwise: bool = False):
         super().__init__()
@@ -209,9 +189,7 @@ class CausalConvTranspose1d(nn.Module):
         y = y.transpose(1, 2).flatten(2)  # [B, C_out, T * stride]
         return y if bias is None else y + bias[:, None]
 
-
 # ----------------------------------------------------------------------------------------------------- SEANet
-
 
 class SEANet(nn.Sequential):
     """Layers in a row (Tagliasacchi et al. 2020, as in EnCodec). All but the activations take the state."""
@@ -220,7 +198,6 @@ class SEANet(nn.Sequential):
         for layer in self:
             x = layer(x) if isinstance(layer, nn.ELU) else layer(x, state)
         return x
-
 
 class ResidualBlock(SEANet):
     """x + convolutions of x, with half the channels inside. [B, C, T] -> [B, C, T]."""
@@ -231,7 +208,6 @@ class ResidualBlock(SEANet):
 
     def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
         return x + super().forward(x, state)
-
 
 class Encoder(SEANet):
     """Sound [B, 1, T] -> [B, D, T / 960]: at each stride half the rate, or less, and twice the channels."""
@@ -245,7 +221,6 @@ class Encoder(SEANet):
             width *= 2
         super().__init__(*layers, nn.ELU(), CausalConv1d(width, config.latent_dim, config.last_kernel_size))
 
-
 class Decoder(SEANet):
     """The encoder in the mirror: [B, D, T] -> sound [B, 1, T * 960]."""
 
@@ -258,9 +233,7 @@ class Decoder(SEANet):
             width //= 2
         super().__init__(*layers, nn.ELU(), CausalConv1d(width, 1, config.last_kernel_size))
 
-
 # ------------------------------------------------------------------------------------------------ transformer
-
 
 def rotation(positions: Tensor, head_dim: int, max_period: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines [T, head_dim / 2], float32, of the angles by which `rope` turns pairs."""
@@ -269,22 +242,17 @@ def rotation(positions: Tensor, head_dim: int, max_period: float) -> tuple[Tenso
     angles = positions.float()[:, None] * frequencies
     return angles.cos(), angles.sin()
 
-
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (Su et al. 2021) of queries or keys x [B, H, T, head_dim], in float32.
-
-    Neighbours (x0, x1), (x2, x3), ... are the pairs, as in the released weights; others pair the two halves.
-    """
+    Neighbours (x0, x1), (x2, x3), ... are the pairs, as in the released weights; others pair two halves."""
     real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
     return turned.flatten(-2).to(x.dtype)
-
 
 def causal_mask(query_positions: Tensor, key_positions: Tensor, context: int) -> Tensor:
     """[T, S], True where a query may see a key: itself and context - 1 before it. Keys below 0 are empty."""
     age = query_positions[:, None] - key_positions
     return (age >= 0) & (age < context) & (key_positions >= 0)
-
 
 class Window(NamedTuple):
     """What the layers of a transformer share in one call: where the inputs stand and what they may see."""
@@ -294,12 +262,9 @@ class Window(NamedTuple):
     mask: Tensor  # [T, S], S keys
     slots: Tensor | None  # [T], where the ring stores these keys and values; None: the sequence is whole
 
-
 class Attention(nn.Module):
     """Causal attention with rotary positions, grouped queries and a sliding window. [B, T, D] -> [B, T, D].
-
-    Query head h uses the key and value head h // (num_heads // num_kv_heads).
-    """
+    Query head h uses the key and value head h // (num_heads // num_kv_heads)."""
 
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int):
         super().__init__()
@@ -320,39 +285,27 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, window.mask, enable_gqa=grouped)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
-
-class LayerScale(nn.Module):
-    """A learnt factor for each channel of a residual update (Touvron et al. 2021), small at first."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.scale = nn.Parameter(torch.full((dim,), 0.01))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale * x
-
-
 class TransformerLayer(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)), each update scaled. [B, T, D] -> [B, T, D]."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)). [B, T, D] -> [B, T, D].
+    `norm` is a class. `scales`: each update is scaled by channel (LayerScale, Touvron et al. 2021)."""
 
-    def __init__(self, attention: Attention, feed_forward: nn.Module, norm: Callable, scale: Callable):
+    def __init__(self, attention: Attention, feed_forward: nn.Module, norm: Callable, scales: bool):
         super().__init__()
         dim = attention.out_proj.out_features
-        self.norm1, self.attention, self.scale1 = norm(dim), attention, scale(dim)
-        self.norm2, self.feed_forward, self.scale2 = norm(dim), feed_forward, scale(dim)
+        self.norm1, self.attention = norm(dim), attention
+        self.norm2, self.feed_forward = norm(dim), feed_forward
+        self.scale1 = nn.Parameter(torch.full((dim,), 0.01)) if scales else 1.0
+        self.scale2 = nn.Parameter(torch.full((dim,), 0.01)) if scales else 1.0
 
     def forward(self, x: Tensor, window: Window, ring: Tensor | None = None) -> Tensor:
-        x = x + self.scale1(self.attention(self.norm1(x), window, ring))
-        return x + self.scale2(self.feed_forward(self.norm2(x)))
-
+        x = x + self.scale1 * self.attention(self.norm1(x), window, ring)
+        return x + self.scale2 * self.feed_forward(self.norm2(x))
 
 class Transformer(nn.Module):
     """Both of Mimi's transformers, and Helium: causal layers with a sliding window. [B, T, D] -> [B, T, D].
-
     While streaming, keys and values of a layer lie in a ring: position p in slot p % ring_size, the oldest
     overwritten. At most `step` positions are written at once, and the ring has `step - 1` slots more than the
-    window, so that the oldest query of a step still finds all of it. Longer chunks go through in steps.
-    """
+    window, so that the oldest query of a step still finds all of it. Longer chunks go through in steps."""
 
     def __init__(self, layers: list[TransformerLayer], context: int, max_period: float, step: int = 1):
         super().__init__()
@@ -365,7 +318,7 @@ class Transformer(nn.Module):
         attention = self.layers[0].attention
         shape = 2, batch_size, attention.num_kv_heads, self.ring_size, attention.head_dim
         rings = attention.in_proj.weight.new_zeros(len(self.layers), *shape)
-        return {"rings": rings, "position": torch.zeros(1, dtype=torch.long, device=rings.device)}
+        return {"rings": rings, "position": rings.new_zeros(1, dtype=torch.long)}
 
     def window(self, x: Tensor, state: dict | None) -> Window:
         """Where x stands and what it may see; while streaming, moves the position on."""
@@ -396,9 +349,7 @@ class Transformer(nn.Module):
             x = layer(x, window, ring)
         return x
 
-
 # ------------------------------------------------------------------------------------------------- quantizers
-
 
 class Codebook(nn.Module):
     """`size` vectors (centroids), stored as training keeps them: a moving sum and a moving count of each."""
@@ -421,16 +372,13 @@ class Codebook(nn.Module):
 
     def encode(self, x: Tensor, state: dict | None = None) -> Tensor:
         """x [B, F, dim] -> the index of the nearest centroid [B, F].
-
-        |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2), so the nearest c has the largest bracket: one matrix product.
-        """
+        |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2): the nearest c has the largest bracket, a matrix product."""
         memory = self.new_memory(len(x)) if state is None else state[self]
         return (x @ memory["centroids"].T - memory["half_squares"]).argmax(dim=-1)
 
     def decode(self, codes: Tensor, state: dict | None = None) -> Tensor:
         """codes [B, F] -> centroids [B, F, dim]."""
         return F.embedding(codes, self.centroids if state is None else state[self]["centroids"])
-
 
 class ResidualQuantizer(nn.Module):
     """Codebooks in a row, each quantizing what those before it left over, between two projections."""
@@ -439,8 +387,8 @@ class ResidualQuantizer(nn.Module):
         super().__init__()
         self.input_proj = nn.Conv1d(config.latent_dim, config.codebook_dim, 1, bias=False)
         self.output_proj = nn.Conv1d(config.codebook_dim, config.latent_dim, 1, bias=False)
-        self.codebooks = nn.ModuleList(
-            Codebook(config.codebook_size, config.codebook_dim) for _ in range(num_codebooks))
+        codebooks = [Codebook(config.codebook_size, config.codebook_dim) for _ in range(num_codebooks)]
+        self.codebooks = nn.ModuleList(codebooks)
 
     def encode(self, z: Tensor, num_codebooks: int, state: dict | None = None) -> Tensor:
         """z [B, D, F] -> codes [B, num_codebooks, F]."""
@@ -456,7 +404,6 @@ class ResidualQuantizer(nn.Module):
         total = sum(codebook.decode(code, state) for codebook, code in zip(self.codebooks, codes.unbind(1)))
         return self.output_proj(total.transpose(1, 2))
 
-
 class SplitQuantizer(nn.Module):
     """A semantic codebook beside a row of acoustic ones: both quantize the latent itself, the results add."""
 
@@ -469,18 +416,16 @@ class SplitQuantizer(nn.Module):
     def encode(self, z: Tensor, state: dict | None = None) -> Tensor:
         """z [B, D, F] -> codes [B, K, F], K = num_codebooks."""
         codes = self.semantic.encode(z, 1, state)
-        if self.num_codebooks > 1:
-            codes = torch.cat([codes, self.acoustic.encode(z, self.num_codebooks - 1, state)], dim=1)
-        return codes
+        if self.num_codebooks == 1:
+            return codes
+        return torch.cat([codes, self.acoustic.encode(z, self.num_codebooks - 1, state)], dim=1)
 
     def decode(self, codes: Tensor, state: dict | None = None) -> Tensor:
         """codes [B, K, F], K from 1 to all -> z [B, D, F]."""
         z = self.semantic.decode(codes[:, :1], state)
         return z + self.acoustic.decode(codes[:, 1:], state) if codes.shape[1] > 1 else z
 
-
 # ------------------------------------------------------------------------------------------------------- Mimi
-
 
 class Mimi(nn.Module):
     """The codec. Without `state` a call takes a whole recording; with one it takes its next frames."""
@@ -492,14 +437,13 @@ class Mimi(nn.Module):
         self.frame_size = config.frame_size
         dim, hidden, stride = config.latent_dim, config.feedforward_dim, config.stride
 
-        def layer() -> TransformerLayer:
-            feed_forward = nn.Sequential(
-                nn.Linear(dim, hidden, bias=False), nn.GELU(), nn.Linear(hidden, dim, bias=False))
-            attention = Attention(dim, config.num_heads, config.num_heads)
-            return TransformerLayer(attention, feed_forward, nn.LayerNorm, LayerScale)
-
         def transformer() -> Transformer:
-            layers = [layer() for _ in range(config.num_layers)]
+            layers = []
+            for _ in range(config.num_layers):
+                attention = Attention(dim, config.num_heads, config.num_heads)
+                feed_forward = nn.Sequential(
+                    nn.Linear(dim, hidden, bias=False), nn.GELU(), nn.Linear(hidden, dim, bias=False))
+                layers.append(TransformerLayer(attention, feed_forward, nn.LayerNorm, scales=True))
             return Transformer(layers, config.context, config.max_period, step=stride)
 
         self.encoder = Encoder(config)
@@ -550,9 +494,7 @@ class Mimi(nn.Module):
             raise ValueError(f"Mimi takes codes as [batch, codebooks, frames], not {list(codes.shape)}")
         return self.from_latent(self.quantizer.decode(codes, state), state)
 
-
 # ----------------------------------------------------------------------------------------------- weight files
-
 
 @contextlib.contextmanager
 def whole_file(path: str | Path):
@@ -565,24 +507,18 @@ def whole_file(path: str | Path):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def official_names(model: nn.Module, rules: list[tuple[str, str]]) -> dict[str, str]:
     """Our name -> the official name of every tensor in `model`: each rule (pattern, replacement) in its turn.
-
-    A '{k}' in an official name stands for the entries of our first axis, stored one by one.
-    """
+    A '{k}' in an official name stands for the entries of our first axis, stored one by one."""
     names = {name: name for name in model.state_dict()}
     for pattern, replacement in rules:
         names = {ours: re.sub(pattern, replacement, name) for ours, name in names.items()}
     return names
 
-
 def load_weights(model: nn.Module, path: str | Path, rules: list, device, dtype: torch.dtype | None) -> None:
     """Puts the tensors of a SafeTensors file into `model`, which was built on the meta device.
-
     On the CPU weights are mapped from the file, not read, where they have the dtype asked for (None: any).
-    A missing, extra or misshapen tensor raises ValueError, and so does a file that isn't SafeTensors.
-    """
+    A missing, extra or misshapen tensor raises ValueError, and so does a file that isn't SafeTensors."""
     try:
         file = safetensors.safe_open(path, framework="pt", device=str(device))
     except safetensors.SafetensorError as error:
@@ -615,7 +551,6 @@ def load_weights(model: nn.Module, path: str | Path, rules: list, device, dtype:
         raise ValueError(f"{path}: the tensor {min(unused)} is not known, does the config fit the file?")
     model.load_state_dict(weights, assign=True)
 
-
 def save_weights(model: nn.Module, path: str | Path, rules: list) -> None:
     """Writes the file that `load_weights` reads, with the newer official names."""
     tensors: dict[str, Tensor] = {}
@@ -626,9 +561,8 @@ def save_weights(model: nn.Module, path: str | Path, rules: list) -> None:
     with whole_file(path) as file:
         save_file(tensors, file.name)
 
-
 TRANSFORMER_NAMES = [  # shared with Helium
-    (r"\.attention\.(in|out)_proj\.", r".self_attn.\1_projs.0."), (r"\.scale(\d)\.", r".layer_scale_\1."),
+    (r"\.attention\.(in|out)_proj\.", r".self_attn.\1_projs.0."), (r"\.scale(\d)$", r".layer_scale_\1.scale"),
 ]
 MIMI_NAMES = [
     (r"^(encoder|decoder)\.", r"\1.model."), (r"(model\.\d+)\.(\d)", r"\1.block.\2"),
@@ -639,7 +573,6 @@ MIMI_NAMES = [
     (r"\.codebooks\.(\d+)\.", r".vq.layers.\1._codebook."), (r"\.initialized", "._initialized"),
 ]
 
-
 def load_mimi(path: str | Path, config: MimiConfig | None = None, num_codebooks=8, device="cpu") -> Mimi:
     """Mimi from an official SafeTensors file, in float32; `config` None is the released one."""
     with torch.device("meta"):
@@ -647,7 +580,6 @@ def load_mimi(path: str | Path, config: MimiConfig | None = None, num_codebooks=
     load_weights(mimi, path, MIMI_NAMES, device, torch.float32)
     mimi.num_codebooks = num_codebooks
     return mimi.eval()
-
 
 def save_mimi(mimi: Mimi, path: str | Path) -> None:
     """Writes the official file, in the dtype that the model has."""

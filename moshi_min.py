@@ -26,14 +26,13 @@ import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
-from mimi_min import (ANY, TRANSFORMER_NAMES, Attention, Mimi, MimiConfig, Transformer, TransformerLayer,
+from mimi_min import (TRANSFORMER_NAMES, Attention, Mimi, MimiConfig, Transformer, TransformerLayer,
                       check_numbers, init_state, load_mimi, load_weights, read_keys, save_weights)
 
 NO_INPUT = -1  # a token that adds nothing: the zero vector
 UNGENERATED = -2  # a token that is still to be sampled
 
 # ---------------------------------------------------------------------------------------------- configuration
-
 
 @dataclass
 class MoshiConfig:
@@ -63,11 +62,11 @@ class MoshiConfig:
         check_numbers(self, ("existing_text_padding_id", "existing_text_end_padding_id", "delays"))
         self.delays = tuple(self.delays)
         if len(self.delays) != self.n_q + 1 or self.dep_q > self.n_q:
-            raise ValueError(f"config: {len(self.delays)} delays, dep_q {self.dep_q}: not right for n_q {self.n_q}")
+            raise ValueError(f"config: n_q {self.n_q}, dep_q {self.dep_q}, delays {self.delays} do not fit")
         for part, pair in (("", 2), ("depformer_", 1)):  # rotary embedding turns pairs
             dim, heads, repeat = (getattr(self, part + name) for name in ("dim", "num_heads", "kv_repeat"))
             if dim % (pair * heads) or heads % repeat:
-                raise ValueError(f"config: {part}dim {dim} does not fit {heads} heads with kv_repeat {repeat}")
+                raise ValueError(f"config: {part}dim {dim} does not fit {heads} heads, kv_repeat {repeat}")
         if max(self.existing_text_padding_id, self.existing_text_end_padding_id) >= self.text_card:
             raise ValueError("config: the padding tokens must be below text_card")
 
@@ -81,7 +80,6 @@ class MoshiConfig:
         if fields["depformer_dim_feedforward"] == 0:
             fields["depformer_dim_feedforward"] = int(fields["hidden_scale"] * fields["depformer_dim"])
         return cls(**fields)
-
 
 # For `read_keys`: all that config.json may say.
 _MOSHI_KEYS: dict[str, tuple] = {
@@ -102,13 +100,12 @@ _MOSHI_KEYS: dict[str, tuple] = {
     "depformer_weights_per_step_schedule": ([None], None), "depformer_low_rank_embeddings": ([None], None),
     "model_type": (["moshi"], "moshi"), "lora_name": ([None, ""], None),
     **dict.fromkeys((
-        "extra_heads_dim", "fuser", "lora_rank", "lora_scaling", "gradient_checkpointing", "depformer_context",
-        "depformer_causal", "depformer_max_period", "moshi_name", "mimi_name", "mimi_config_name",
-        "tokenizer_name", "lm_gen_config", "stt_config", "tts_config", "model_id"), (ANY, None)),
+        "extra_heads_dim", "fuser", "lora_rank", "lora_scaling", "gradient_checkpointing", "depformer_causal",
+        "depformer_context", "depformer_max_period", "moshi_name", "mimi_name", "mimi_config_name",
+        "tokenizer_name", "model_id", "lm_gen_config", "stt_config", "tts_config"), (None, None)),
 }
 
 # ----------------------------------------------------------------------------------------------------- blocks
-
 
 class RMSNorm(nn.Module):
     """x * alpha / sqrt(mean(x^2) + 1e-8) over the last axis, in float32 (Zhang and Sennrich 2019)."""
@@ -122,45 +119,29 @@ class RMSNorm(nn.Module):
         scale = self.alpha.float() * torch.rsqrt(1e-8 + wide.pow(2).mean(-1, keepdim=True))
         return (wide * scale).to(x.dtype)
 
-
 def gated_width(dim: int, feedforward: int) -> int:
     """Hidden units of a SwiGLU that costs what a plain feed-forward does: 2/3, and at 4 * dim 21/8 of dim."""
     return 21 * dim // 8 if feedforward == 4 * dim else 2 * feedforward // 3
 
-
-def swiglu(x: Tensor) -> Tensor:
+class SwiGLU(nn.Module):
     """silu(gate) * up, for x = (gate, up) stacked on the last axis (Shazeer 2020)."""
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-class GatedFeedForward(nn.Module):
-    """Helium's feed-forward: linear to (gate, up), SwiGLU, linear."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.linear_in = nn.Linear(dim, 2 * hidden, bias=False)
-        self.linear_out = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_out(swiglu(self.linear_in(x)))
-
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
 
 def embed(table: Tensor, tokens: Tensor) -> Tensor:
     """Rows of `table` [tokens, D] for `tokens` [...], the zero vector where the token is NO_INPUT."""
     return torch.where((tokens == NO_INPUT)[..., None], 0, F.embedding(tokens.clamp(min=0), table))
 
-
 # ---------------------------------------------------------------------------------------------- depth decoder
-
 
 def codebook_linear(x: Tensor, weight: Tensor) -> Tensor:
     """A linear map of its own for each codebook: x [K, N, D_in], weight [K, D_out, D_in] -> [K, N, D_out]."""
     return F.linear(x[0], weight[0])[None] if len(weight) == 1 else x @ weight.transpose(1, 2)
 
-
 class DepthLayer(nn.Module):
-    """A transformer layer across the codebooks of a frame, each with its own weights, so without positions."""
+    """A transformer layer across the codebooks of a frame, with weights for each, so without positions."""
 
     def __init__(self, config: MoshiConfig):
         super().__init__()
@@ -175,6 +156,7 @@ class DepthLayer(nn.Module):
         self.out_proj = nn.Parameter(torch.empty(K, dim, dim))
         self.linear_in = nn.Parameter(torch.empty(K, 2 * hidden, dim))
         self.linear_out = nn.Parameter(torch.empty(K, dim, hidden))
+        self.swiglu = SwiGLU()
 
     def forward(self, x: Tensor, codebooks: slice, past: list[Tensor] | None) -> Tensor:
         """x [K', N, D] of these codebooks -> the same. `past` collects keys and values; None: all at once."""
@@ -186,80 +168,59 @@ class DepthLayer(nn.Module):
         grouped = self.num_kv_heads != self.num_heads
         y = F.scaled_dot_product_attention(q, k, v, is_causal=past is None, enable_gqa=grouped)
         x = x + codebook_linear(y.permute(2, 0, 1, 3).flatten(2), self.out_proj[codebooks])
-        hidden = swiglu(codebook_linear(self.norm2(x), self.linear_in[codebooks]))
+        hidden = self.swiglu(codebook_linear(self.norm2(x), self.linear_in[codebooks]))
         return x + codebook_linear(hidden, self.linear_out[codebooks])
-
 
 class DepthDecoder(nn.Module):
     """Predicts the audio tokens of one step, codebook after codebook (the official Depformer).
-
-    At codebook k it reads Helium's output and the token before: the text for k = 0, else audio token k - 1.
-    """
+    Codebook k reads Helium's output and the token before: the text for k = 0, else audio token k - 1."""
 
     def __init__(self, config: MoshiConfig):
         super().__init__()
         dim, K = config.depformer_dim, config.dep_q
-        self.num_codebooks = K
         self.input_proj = nn.Parameter(torch.empty(K, dim, config.dim))
         self.text_emb = nn.Parameter(torch.empty(config.text_card + 1, dim))
         self.audio_emb = nn.Parameter(torch.empty(K - 1, config.card + 1, dim))
         self.layers = nn.ModuleList(DepthLayer(config) for _ in range(config.depformer_num_layers))
         self.output_proj = nn.Parameter(torch.empty(K, config.card, dim))
 
-    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Teacher forcing: hidden [B, S, D], tokens [B, K, S] (text, audio 0..K-2) -> logits [B, K, S, card]."""
-        tables = [self.text_emb, *self.audio_emb]
-        previous = torch.stack([embed(table, tokens[:, k].flatten()) for k, table in enumerate(tables)])
-        x = self.run(hidden.flatten(0, 1), previous, slice(None), [None] * len(self.layers))
-        return x.unflatten(1, hidden.shape[:2]).transpose(0, 1)
-
-    def step(self, k: int, hidden: Tensor, token: Tensor, past: list[list[Tensor]]) -> Tensor:
-        """Codebook k alone: hidden [B, D], token before [B] -> logits [B, card]. `past`: a list per layer."""
-        previous = embed(self.audio_emb[k - 1] if k else self.text_emb, token)
-        return self.run(hidden, previous[None], slice(k, k + 1), past)[0]
-
-    def run(self, hidden: Tensor, previous: Tensor, codebooks: slice, past: list) -> Tensor:
-        """hidden [N, D], embedded tokens [K', N, D'] -> logits [K', N, card]."""
-        weight = self.input_proj[codebooks]
-        x = codebook_linear(hidden.expand(len(weight), -1, -1), weight) + previous
-        for layer, cache in zip(self.layers, past):
+    def forward(self, hidden: Tensor, tokens: Tensor, first: int = 0, past: list | None = None) -> Tensor:
+        """K' codebooks from `first` on: hidden [N, D], the token before each [K', N] -> logits [K', N, card].
+        All at once (teacher forcing), or one by one with `past`: a list for each layer, empty at first."""
+        codebooks = slice(first, first + len(tokens))
+        tables = [self.text_emb, *self.audio_emb][codebooks]
+        previous = torch.stack([embed(table, row) for table, row in zip(tables, tokens)])
+        x = codebook_linear(hidden.expand(len(tokens), -1, -1), self.input_proj[codebooks]) + previous
+        for layer, cache in zip(self.layers, past or [None] * len(self.layers)):
             x = layer(x, codebooks, cache)
         return codebook_linear(x, self.output_proj[codebooks])
 
-
 # ----------------------------------------------------------------------------------------------------- delays
-
 
 def delay(codes: Tensor, delays: list[int], initial: Tensor) -> Tensor:
     """Shifts stream k of codes [B, K, F] right by delays[k]. The gap gets initial[k], the end falls off."""
     length, longest = codes.shape[-1], max(delays)
-    gap = initial[:, None].expand(*codes.shape[:2], longest)
-    padded = torch.cat([gap, codes], dim=-1)
+    padded = torch.cat([initial[:, None].expand(*codes.shape[:2], longest), codes], dim=-1)
     starts = [longest - shift for shift in delays]
     return torch.stack([padded[:, k, start : start + length] for k, start in enumerate(starts)], dim=1)
 
-
 def undelay(x: Tensor, delays: list[int]) -> tuple[Tensor, Tensor]:
-    """The inverse of `delay` for x [B, K, F, C], with NaN where a stream has run out; and the mask [B, K, F]."""
+    """The inverse of `delay` for x [B, K, F, C], NaN where a stream has run out, and its mask [B, K, F]."""
     length = x.shape[2]
-    gap = x.new_full((1, 1, 1, 1), math.nan).expand(*x.shape[:2], max(delays), x.shape[3])
-    padded = torch.cat([x, gap], dim=2)
+    padded = F.pad(x, (0, 0, 0, max(delays)), value=math.nan)
     shifted = torch.stack([padded[:, k, shift : shift + length] for k, shift in enumerate(delays)], dim=1)
     there = torch.arange(length, device=x.device) < length - torch.tensor(delays, device=x.device)[:, None]
     return shifted, there.expand(len(x), -1, -1)
 
-
 # ------------------------------------------------------------------------------------------------------ Moshi
 
-
 class MoshiOutput(NamedTuple):
-    """Logits aligned with the codes they predict; NaN where delays have run out. The masks say what counts."""
+    """Logits aligned with the codes they predict; NaN where a stream has run out. Masks say what counts."""
 
     text_logits: Tensor  # [B, 1, F, text_card]
     text_mask: Tensor  # [B, 1, F]
     audio_logits: Tensor  # [B, dep_q, F, card]
     audio_mask: Tensor  # [B, dep_q, F]
-
 
 class Moshi(nn.Module):
     """The 17-stream language model. `forward` and `loss` train it, `MoshiGen` talks with it."""
@@ -274,7 +235,9 @@ class Moshi(nn.Module):
         layers = []
         for _ in range(config.num_layers):
             attention = Attention(dim, config.num_heads, config.num_heads // config.kv_repeat)
-            layers.append(TransformerLayer(attention, GatedFeedForward(dim, hidden), RMSNorm, nn.Identity))
+            feed_forward = nn.Sequential(
+                nn.Linear(dim, 2 * hidden, bias=False), SwiGLU(), nn.Linear(hidden, dim, bias=False))
+            layers.append(TransformerLayer(attention, feed_forward, RMSNorm, scales=False))
         self.transformer = Transformer(layers, config.context, config.max_period)
         self.out_norm = RMSNorm(dim)
         self.text_linear = nn.Linear(dim, config.text_card, bias=False)
@@ -292,9 +255,7 @@ class Moshi(nn.Module):
 
     def temporal(self, tokens: Tensor, state: dict | None = None) -> tuple[Tensor, Tensor]:
         """Helium on raw tokens [B, 1 + n_q, S] -> hidden [B, S, D], text logits [B, S, text_card].
-
-        Nothing is delayed here. A token of -1 adds nothing, so audio of -1 makes Helium a plain text model.
-        """
+        Nothing is delayed here. A token of -1 adds nothing: with audio of -1 Helium is a plain text model."""
         x = sum(embed(table.weight, tokens[:, 1 + k]) for k, table in enumerate(self.audio_embs))
         hidden = self.out_norm(self.transformer(x + embed(self.text_emb.weight, tokens[:, 0]), state))
         return hidden, self.text_linear(hidden)
@@ -302,7 +263,9 @@ class Moshi(nn.Module):
     def depth(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """The depth decoder, teacher-forced: hidden [B, S, D], tokens [B, dep_q or more, S] of the same steps
         (text, audio 0..dep_q-2, what follows isn't read) -> logits [B, dep_q, S, card]."""
-        return self.depth_decoder(hidden, tokens[:, : self.config.dep_q])
+        before = tokens[:, : self.config.dep_q].transpose(0, 1).flatten(1)  # [dep_q, B * S]
+        logits = self.depth_decoder(hidden.flatten(0, 1), before)
+        return logits.unflatten(1, hidden.shape[:2]).transpose(0, 1)
 
     def forward(self, codes: Tensor) -> MoshiOutput:
         """codes [B, 1 + n_q, F] of all streams, aligned (-1: unknown) -> logits of text and Moshi's audio."""
@@ -319,10 +282,8 @@ class Moshi(nn.Module):
     def loss(self, codes: Tensor, text_padding_weight: float = 0.5,
              first_codebook_weight: float = 100.0) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss on codes [B, 1 + n_q, F]: total, {"text": ..., "audio": ...}.
-
-        Each part is a weighted mean of cross-entropies. PAD and EPAD weigh less than words, since they are most
-        of the text; the semantic codebook weighs more. As in moshi-finetune, with its example's weights.
-        """
+        Each part is a weighted mean of cross-entropies. PAD and EPAD weigh less than words, being most of the
+        text; the semantic codebook weighs more. As in moshi-finetune, with its example's weights."""
         config, output = self.config, self(codes)
 
         def mean(logits: Tensor, mask: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -338,16 +299,12 @@ class Moshi(nn.Module):
                  "audio": mean(output.audio_logits, output.audio_mask, audio, audio_weights)}
         return parts["text"] + parts["audio"], parts
 
-
 # ------------------------------------------------------------------------------------------------- generation
-
 
 def sample(logits: Tensor, temp: float, top_k: int) -> Tensor:
     """One token [B] of logits [B, C]: the likeliest at temp 0, else drawn among the top_k.
-
     p / Exponential(1) noise is largest at i with probability p_i. Unlike multinomial this never waits for the
-    GPU, and numbers are drawn in the official order: the same seed gives the same tokens.
-    """
+    GPU, and numbers are drawn in the official order: the same seed gives the same tokens."""
     if temp == 0:
         return logits.argmax(dim=-1)
     probabilities = torch.softmax(logits.float() / temp, dim=-1)
@@ -355,14 +312,11 @@ def sample(logits: Tensor, temp: float, top_k: int) -> Tensor:
     choice = (top / torch.empty_like(top).exponential_(1)).argmax(dim=-1, keepdim=True)
     return tokens.gather(-1, choice)[:, 0]
 
-
 class MoshiGen:
     """Talks: a frame of the user's codes in, a frame of text and Moshi's codes out, for ever.
-
-    Its cache holds the tokens of the last steps in delayed time, position p in column p % columns: position p of
-    stream k is frame p - 1 - delays[k]. On CUDA a step is one captured graph; `cuda_graph=False` runs it eagerly,
-    to step through. `greedy` takes the likeliest token everywhere. Random numbers are torch's global ones.
-    """
+    Its cache holds the tokens of the last steps in delayed time, position p in column p % columns: stream k
+    has frame p - 1 - delays[k] there. On CUDA a step is one captured graph, or eager with `cuda_graph=False`,
+    to step through. `greedy` takes the likeliest token. Random numbers are torch's global ones."""
 
     def __init__(self, moshi: Moshi, batch_size: int = 1, temp: float = 0.8, temp_text: float = 0.7,
                  top_k: int = 250, top_k_text: int = 25, greedy: bool = False, cuda_graph: bool = True):
@@ -384,7 +338,7 @@ class MoshiGen:
         self.user = torch.empty(batch_size, streams - self.own, 1, dtype=torch.long, device=device)
         self.forced = torch.empty(batch_size, self.own, 1, dtype=torch.long, device=device)
         self.cuda_graph = cuda_graph and device.type == "cuda"
-        self.graph, self.warm = None, False
+        self.graph = self.output = None
         self.reset()
 
     def reset(self) -> None:
@@ -400,11 +354,8 @@ class MoshiGen:
     def step(self, user_codes: Tensor, text: Tensor | None = None,
              audio: Tensor | None = None) -> Tensor | None:
         """The user's codes [B, n_q - dep_q, 1] -> tokens [B, 1 + dep_q, 1], text first, or None at the start.
-
-        A frame comes out whole max(delays) steps after its first tokens. `text` [B] and `audio` [B, dep_q] force
-        the tokens of this step (delayed time) in place of those sampled, for which random numbers are drawn all
-        the same. -2 in them means: sample this one.
-        """
+        A frame is whole max(delays) steps after its first token. `text` [B] and `audio` [B, dep_q] force the
+        tokens of this step (delayed time), -2: sample this one. Random numbers are drawn all the same."""
         if user_codes.shape != self.user.shape:
             raise ValueError(f"a step takes user codes {list(self.user.shape)}, not {list(user_codes.shape)}")
         self.user.copy_(user_codes)
@@ -413,15 +364,14 @@ class MoshiGen:
             self.forced[:, 0, 0] = text
         if audio is not None:
             self.forced[:, 1:, 0] = audio
-        # Dummy steps to warm up would spoil memory and random numbers: the first is eager, the second captured.
-        if self.cuda_graph and self.graph is None and self.warm:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.output = self._step()
-        if self.graph is not None:
+        if not self.cuda_graph or self.output is None:
+            self.output = self._step()
+        else:  # Dummy steps would spoil memory and random numbers: the first is eager, the second captured.
+            if self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    self.output = self._step()
             self.graph.replay()
-        else:
-            self.output, self.warm = self._step(), True
         self.steps += 1
         return self.output.clone() if self.steps > self.max_delay else None
 
@@ -444,7 +394,7 @@ class MoshiGen:
             if k == 0:
                 token = sample(text_logits[:, 0], self.temp_text, self.top_k_text)
             else:
-                logits = self.moshi.depth_decoder.step(k - 1, hidden[:, 0], made[-1], past)
+                logits = self.moshi.depth_decoder(hidden[:, 0], made[-1][None], k - 1, past)[0]
                 token = sample(logits, self.temp, self.top_k)
             made.append(torch.where(forced[:, k] == UNGENERATED, token, forced[:, k]))
         self.cache[:, :own].index_copy_(2, now, torch.stack(made, dim=1)[..., None])
@@ -458,33 +408,29 @@ class MoshiGen:
     @torch.no_grad()
     def prefill(self, codes: Tensor) -> Tensor | None:
         """Starts from a history: codes [B, 1 + n_q, F] of all streams, aligned as in `Moshi.forward`.
-
         It ends with the step that hears the user's frame F - 1, and returns what that step gives: frame
-        F - max(delays), if there is one. Next comes `step` with the user's frame F.
-        """
-        frames, shifts = codes.shape[-1], [1 + shift for shift in self.config.delays]
+        F - max(delays), if there is one. Next comes `step` with the user's frame F."""
+        frames, shifts, initial = codes.shape[-1], [1 + d for d in self.config.delays], self.moshi.initial
         if self.steps:
             raise ValueError("prefill starts a conversation, call reset() before it")
         if codes.shape[:2] != self.cache.shape[:2]:
             raise ValueError(f"prefill takes codes [{len(self.cache)}, {1 + self.config.n_q}, frames]")
         if not frames:
             return None
-        self.moshi.temporal(delay(codes, shifts, self.moshi.initial), self.state)
+        self.moshi.temporal(delay(codes, shifts, initial), self.state)
         self.offset.fill_(frames)
         self.steps = frames
-        # What later steps find in the cache, the delayed streams beyond this position among it.
+        # What later steps find in the cache; the delayed streams reach beyond this step.
         beyond = F.pad(codes, (0, max(shifts)), value=UNGENERATED)
-        tokens = delay(beyond, shifts, torch.full_like(self.moshi.initial, UNGENERATED))
+        tokens = delay(beyond, shifts, torch.full_like(initial, UNGENERATED))
         positions = torch.arange(max(0, frames - self.max_delay), tokens.shape[-1], device=codes.device)
         self.cache[:, :, positions % self.cache.shape[-1]] = tokens[:, :, positions]
         return self.step(codes[:, self.own :, -1:])
-
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 MOSHI_FILE, MIMI_FILE = "model.safetensors", "tokenizer-e351c8d8-checkpoint125.safetensors"
 TOKENIZER_FILE = "tokenizer_spm_32k_3.model"
-
 
 MOSHI_NAMES = [  # as in mimi_min.MIMI_NAMES
     (r"^audio_embs", "emb"),
@@ -494,9 +440,9 @@ MOSHI_NAMES = [  # as in mimi_min.MIMI_NAMES
     (r"^depth_decoder\.output_proj", "linears.{k}.weight"),
     (r"^depth_decoder\.(.*)\.(in|out)_proj$", r"depformer.\1.self_attn.\2_projs.{k}.weight"),
     (r"^depth_decoder\.(.*)\.(linear_in|linear_out)$", r"depformer.\1.gating.{k}.\2.weight"),
-    (r"^depth_decoder", "depformer"), (r"\.feed_forward\.", ".gating."), *TRANSFORMER_NAMES,
+    (r"^depth_decoder", "depformer"), *TRANSFORMER_NAMES,
+    (r"\.feed_forward\.0", ".gating.linear_in"), (r"\.feed_forward\.2", ".gating.linear_out"),
 ]
-
 
 def load_moshi(path: str | Path, config: MoshiConfig | None = None, device="cpu",
                dtype: torch.dtype | None = torch.bfloat16) -> Moshi:
@@ -506,11 +452,9 @@ def load_moshi(path: str | Path, config: MoshiConfig | None = None, device="cpu"
     load_weights(moshi, path, MOSHI_NAMES, device, dtype)
     return moshi.eval()
 
-
 def save_moshi(moshi: Moshi, path: str | Path) -> None:
     """Writes the official file, in the dtype that the model has."""
     save_weights(moshi, path, MOSHI_NAMES)
-
 
 class Checkpoint(NamedTuple):
     """A whole checkpoint folder."""
@@ -520,23 +464,16 @@ class Checkpoint(NamedTuple):
     tokenizer: SentencePieceProcessor | None  # None where the folder has none
     config: dict  # what config.json says, `lm_gen_config` (sampling) and `stt_config` (silences) among it
 
-
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return content
-
+        return {**json.loads(path.read_text())}  # a TypeError if it isn't an object
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not a JSON object ({error})") from None
 
 def load_checkpoint(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Checkpoint:
     """Opens a folder in the official format; without `config.json` it is a Moshi 7B.
-
-    `dtype` None is bfloat16, or on a CPU float32 for a narrow model. What is missing raises FileNotFoundError,
-    what is wrong ValueError, with one sentence.
-    """
+    `dtype` None is bfloat16, or on a CPU float32 for a narrow model. What is missing raises
+    FileNotFoundError, what is wrong ValueError, with one sentence."""
     folder, config, moshi_config, mimi_config = Path(folder), {}, MoshiConfig(), MimiConfig()
     if (folder / "config.json").exists():
         config = _read_json(folder / "config.json")

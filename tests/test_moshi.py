@@ -109,7 +109,7 @@ def test_depth_step(pair, place, name):
     with official.depformer.streaming(3):
         for k in range(LM[name]["dep_q"]):
             expected = official.forward_depformer(k, tokens[:, k, None, None], hidden[:, None])[:, 0, 0]
-            same_logits(ours.depth_decoder.step(k, hidden, tokens[:, k], past), expected, place[1])
+            same_logits(ours.depth_decoder(hidden, tokens[None, :, k], k, past)[0], expected, place[1])
 
 
 # ---- the model --------------------------------------------------------------------------------------------------
