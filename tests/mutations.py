@@ -81,7 +81,7 @@ MOSHI = [
      "x = layer(x, codebooks if cache is None else slice(0, 1), cache)"),
     ("depth forgets the codebooks before", "k, v = torch.cat(past, dim=3)", "k, v = past[-1]"),
     ("delay by one less", "starts = [longest - shift for", "starts = [longest - min(shift, 4) for"),
-    ("undelay by one less", "padded[:, k, shift : shift + length]", "padded[:, k, min(shift, 3) : min(shift, 3) + length]"),
+    ("undelay by one less", "padded[:, k, shift : shift + length]", "padded[:, k, min(shift, 2) : min(shift, 2) + length]"),
     ("mask of what ran out lost", "there = torch.arange(length, device=x.device) < length",
      "there = torch.arange(length, device=x.device) <= length"),
     ("what ran out is no NaN", "value=math.nan", "value=0.0"),
