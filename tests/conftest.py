@@ -51,6 +51,10 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("NOT COMPARED", red=True, bold=True)
         terminalreporter.line(f"not installed: {', '.join(missing_references())}. The tests that compare with them "
                               "were skipped; `make test` installs them.")
+    elif found := sorted(sys.modules["reference"].MEASURED.items() if "reference" in sys.modules else []):
+        terminalreporter.section("largest differences from the references")
+        for (test, what), value in found:
+            terminalreporter.line(f"{value:8.1e} {what:<26} {test}")
     if not torch.cuda.is_available():
         terminalreporter.line(f"tests marked cuda were skipped: {NO_GPU}")
 

@@ -15,8 +15,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mimi_min import Mimi, MimiConfig, save_mimi  # noqa: E402
-from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, Moshi, MoshiConfig, save_moshi  # noqa: E402
+from mimi_min import Mimi, MimiConfig, official_names, save_mimi  # noqa: E402
+from moshi_min import (MIMI_FILE, MOSHI_FILE, MOSHI_NAMES, TOKENIZER_FILE, Moshi, MoshiConfig,  # noqa: E402
+                       save_moshi)
 
 SENTENCES = """Hello, what can I do for you today? I am listening while I speak, and I speak while I am listening.
 The codec turns sound into a few small numbers, twelve and a half times a second, and back again.
@@ -130,9 +131,39 @@ def make_random_checkpoint(folder, released_mimi: bool = False, seed: int = 0, l
     return folder
 
 
+def make_full_checkpoint(folder) -> Path:
+    """Writes a folder in the released sizes, 7.69 B parameters in bfloat16 and no config.json, a tensor at a time."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_mimi(random_mimi(MimiConfig()), folder / MIMI_FILE)
+    with torch.device("meta"):
+        moshi = Moshi(MoshiConfig())
+    shapes = {}
+    for ours, name in official_names(moshi, MOSHI_NAMES).items():
+        shape = list(moshi.state_dict()[ours].shape)
+        shapes |= {name.format(k=k): shape[1:] for k in range(shape[0])} if "{k}" in name else {name: shape}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    block = torch.randn(1 << 20)  # the same numbers again and again: making new ones would take minutes
+    with open(folder / MOSHI_FILE, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            values = torch.ones(shape[-1]) if name.endswith("alpha") else block * shape[-1] ** -0.5
+            data = values.bfloat16().view(torch.uint8).numpy()
+            size = 2 * math.prod(shape)
+            for start in range(0, size, len(data)):
+                file.write(data[: size - start])
+    return folder
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder")
     parser.add_argument("--released-mimi", action="store_true", help="Mimi in its released size (320 MB)")
+    parser.add_argument("--full", action="store_true", help="everything in its released size (15.7 GB)")
     args = parser.parse_args()
-    print("wrote", make_random_checkpoint(args.folder, args.released_mimi))
+    print("wrote", make_full_checkpoint(args.folder) if args.full
+          else make_random_checkpoint(args.folder, args.released_mimi))

@@ -206,6 +206,14 @@ def official_tensors(model, save_function, path, what=lambda parameter: paramete
 
 # ---- comparing -------------------------------------------------------------------------------------------------
 
+MEASURED = {}  # (test, what): the largest of all its comparisons, told at the end of the run
+
+
+def measured(what, value):
+    """Keep the worst that the running test has seen."""
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").split(" ")[0].split("[")[0].rsplit("/", 1)[-1]
+    MEASURED[test, what] = max(value, MEASURED.get((test, what), 0.0))
+
 
 def error(ours, theirs):
     """The largest difference, relative to the reference's peak."""
@@ -219,6 +227,7 @@ def close(ours, theirs, bound=1e-5):
     """Ours is the reference's to within `bound` of its peak, and the reference is not just a constant."""
     assert theirs.double().std() > 1e-3 * theirs.double().abs().max(), "the reference is constant"
     found = error(ours, theirs)
+    measured("of the peak", found)
     assert found <= bound, f"differs by {found:.2e} of the peak, bound {bound:.0e}"
 
 
@@ -247,6 +256,7 @@ def same_codes(ours, theirs, official, latent, most=0.01):
                 f"codebook {first + k}: {int((gap >= TIE).sum())} codes differ and are no ties, first at (batch, frame)"
                 f" {new.nonzero()[gap >= TIE][0].tolist()}, distances apart by {gap.max():.1e} of the smaller")
             ties, differed, residual = ties + int(new.sum()), differed | new, residual - b
+    measured("ties, share of the codes", ties / ours.numel())
     assert ties <= max(1, most * ours.numel()), f"{ties} ties in {ours.numel()} codes are too many to be ties"
     return ties
 

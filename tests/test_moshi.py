@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from reference import (LM, ForcedLMGen, close, error, finetune_loss, is_tie, lm_config, loaders, official_lm,
-                       official_tensors, old_names, save, watched)
+from reference import (LM, ForcedLMGen, close, error, finetune_loss, is_tie, lm_config, loaders, measured,
+                       official_lm, official_tensors, old_names, save, watched)
 from safetensors.torch import load_file, save_file
 
 from mimi_min import init_state
@@ -59,6 +59,7 @@ def same_logits(ours, theirs, dtype):
     mine, expected = ours.nan_to_num().float(), theirs.nan_to_num().float()
     assert expected.std() > 0.5, "logits too small to show anything"
     if dtype == torch.float32:
+        measured("in a logit, float32", (mine - expected).abs().max().item())
         assert (mine - expected).abs().max() <= 1e-4
     else:
         close(mine, expected, BF16_BOUND)
