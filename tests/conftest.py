@@ -30,11 +30,6 @@ def missing_references():
     return [name for name in REFERENCES if importlib.util.find_spec(name) is None]
 
 
-def pytest_configure(config):
-    """Register the marker that selects what needs a GPU: `pytest -m cuda`."""
-    config.addinivalue_line("markers", "cuda: runs on a CUDA device, is skipped where there is none")
-
-
 def pytest_report_header(config):
     """Say at the top what this run compares with, and where."""
     files = [ROOT / name for name in ("mimi_min.py", "moshi_min.py", "generate.py")]
