@@ -42,17 +42,21 @@ def check_numbers(config, may_be_zero: tuple[str, ...] = ()) -> None:
             raise ValueError(f"config: {field.name} cannot be {value!r}")
 
 def read_keys(given: dict, table: dict[str, tuple], what: str) -> dict:
-    """Our fields from official keys. `table`: official key -> (its use, its default), the use a field of ours
-    (keys of one field must agree), a list of the values that are possible here, or None: no use here."""
+    """Our fields from official keys. `table`: official key -> (what it sets, its official default). It sets a
+    field of ours, or nothing (None); a list holds the only values that this code can do."""
     if unknown := given.keys() - table.keys():
         raise ValueError(f"{what}: unknown key {min(unknown)!r}")
     fields: dict = {}
     for key, (use, default) in table.items():
         value = given.get(key, default)
-        possible = use if isinstance(use, list) else [fields.setdefault(use, value)]
-        if use and value not in possible:
-            raise ValueError(f"{what}: {key} is {value!r}, but only {possible[0]!r} is possible here")
-    fields.pop(None, None)
+        if isinstance(use, list):
+            expected = value if value in use else use[0]
+        elif use is not None:
+            expected = fields.setdefault(use, value)  # keys of one field must agree
+        else:
+            continue  # not needed here
+        if value != expected:
+            raise ValueError(f"{what}: {key} is {value!r}, but only {expected!r} is possible here")
     return fields
 
 @dataclasses.dataclass
@@ -210,7 +214,7 @@ class ResidualBlock(SEANet):
         return x + super().forward(x, state)
 
 class Encoder(SEANet):
-    """Sound [B, 1, T] -> [B, D, T / 960]: at each stride half the rate, or less, and twice the channels."""
+    """Sound [B, 1, T] -> [B, D, T / 960]: a stride divides the rate by its ratio and doubles the channels."""
 
     def __init__(self, config: MimiConfig):
         width = config.filters
@@ -269,8 +273,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
-        # queries, keys and values, stacked
-        self.in_proj = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False)
+        self.in_proj = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False)  # q, k, v
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, window: Window, ring: Tensor | None = None) -> Tensor:
@@ -304,8 +307,8 @@ class TransformerLayer(nn.Module):
 class Transformer(nn.Module):
     """Both of Mimi's transformers, and Helium: causal layers with a sliding window. [B, T, D] -> [B, T, D].
     While streaming, keys and values of a layer lie in a ring: position p in slot p % ring_size, the oldest
-    overwritten. At most `step` positions are written at once, and the ring has `step - 1` slots more than the
-    window, so that the oldest query of a step still finds all of it. Longer chunks go through in steps."""
+    overwritten. The ring has `step - 1` slots more than the window, so that the oldest query of a step still
+    finds all of it. A longer chunk is written at once while that overwrites nothing, else step by step."""
 
     def __init__(self, layers: list[TransformerLayer], context: int, max_period: float, step: int = 1):
         super().__init__()

@@ -50,7 +50,7 @@ class MoshiConfig:
     card: int = 2048  # tokens of an audio codebook; the token `card` itself starts a stream
     text_card: int = 32000  # tokens of the text vocabulary; the token `text_card` starts the stream
     existing_text_padding_id: int = 3  # PAD: no new word
-    existing_text_end_padding_id: int = 0  # EPAD: a word comes next; may be 0
+    existing_text_end_padding_id: int = 0  # EPAD: a word comes next
     delays: tuple[int, ...] = (0,) + 2 * (0, 1, 1, 1, 1, 1, 1, 1)  # of each stream, in steps, the text first
     depformer_dim: int = 1024  # width of the depth decoder
     depformer_num_layers: int = 6
@@ -120,7 +120,7 @@ class RMSNorm(nn.Module):
         return (wide * scale).to(x.dtype)
 
 def gated_width(dim: int, feedforward: int) -> int:
-    """Hidden units of a SwiGLU that costs what a plain feed-forward does: 2/3, and at 4 * dim 21/8 of dim."""
+    """2/3 of the plain width: SwiGLU's three matrices cost what two did. 4 * dim is an official exception."""
     return 21 * dim // 8 if feedforward == 4 * dim else 2 * feedforward // 3
 
 class SwiGLU(nn.Module):
@@ -141,14 +141,13 @@ def codebook_linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x[0], weight[0])[None] if len(weight) == 1 else x @ weight.transpose(1, 2)
 
 class DepthLayer(nn.Module):
-    """A transformer layer across the codebooks of a frame, with weights for each, so without positions."""
+    """A transformer layer across codebooks. Their own weights tell them apart: no positional embedding."""
 
     def __init__(self, config: MoshiConfig):
         super().__init__()
         dim, K = config.depformer_dim, config.dep_q
-        self.num_heads = config.depformer_num_heads
+        self.num_heads, self.head_dim = config.depformer_num_heads, dim // config.depformer_num_heads
         self.num_kv_heads = self.num_heads // config.depformer_kv_repeat
-        self.head_dim = dim // self.num_heads
         hidden = gated_width(dim, config.depformer_dim_feedforward)
         self.norm1, self.norm2 = RMSNorm(dim), RMSNorm(dim)
         self.split = [self.num_heads, self.num_kv_heads, self.num_kv_heads]  # queries, keys, values
@@ -228,8 +227,7 @@ class Moshi(nn.Module):
     def __init__(self, config: MoshiConfig):
         super().__init__()
         self.config = config
-        dim = config.dim
-        hidden = gated_width(dim, int(config.hidden_scale * dim))
+        dim, hidden = config.dim, gated_width(config.dim, int(config.hidden_scale * config.dim))
         self.text_emb = nn.Embedding(config.text_card + 1, dim)
         self.audio_embs = nn.ModuleList(nn.Embedding(config.card + 1, dim) for _ in range(config.n_q))
         layers = []
@@ -242,7 +240,7 @@ class Moshi(nn.Module):
         self.out_norm = RMSNorm(dim)
         self.text_linear = nn.Linear(dim, config.text_card, bias=False)
         self.depth_decoder = DepthDecoder(config)
-        for name, weight in self.named_parameters():  # as the official model starts, norms at one
+        for name, weight in self.named_parameters():  # of the official size: variance 1 / fan-in, or a third
             if not name.endswith("alpha"):
                 depth_linear = name.startswith("depth_decoder") and "emb" not in name and "output" not in name
                 nn.init.trunc_normal_(weight, std=(weight.shape[-1] * (3 if depth_linear else 1)) ** -0.5)
@@ -333,9 +331,9 @@ class MoshiGen:
         self.state = init_state(moshi, batch_size)
         # All that a step reads and writes lies in tensors that stay where they are, for the graph's sake.
         self.offset = torch.zeros(1, dtype=torch.long, device=device)  # steps so far
-        streams, columns = len(self.delays), 2 * self.max_delay + 2
-        self.cache = torch.empty(batch_size, streams, columns, dtype=torch.long, device=device)
-        self.user = torch.empty(batch_size, streams - self.own, 1, dtype=torch.long, device=device)
+        columns = 2 * self.max_delay + 2  # the delays reach as far back (alignment) as ahead (user, prefill)
+        self.cache = torch.empty(batch_size, len(self.delays), columns, dtype=torch.long, device=device)
+        self.user = torch.empty(batch_size, len(self.delays) - self.own, 1, dtype=torch.long, device=device)
         self.forced = torch.empty(batch_size, self.own, 1, dtype=torch.long, device=device)
         self.cuda_graph = cuda_graph and device.type == "cuda"
         self.graph = self.output = None
@@ -401,7 +399,7 @@ class MoshiGen:
 
         where = (self.offset - self.max_delay + self.delays[:own]) % columns
         aligned = self.cache[:, :own].gather(2, where.expand(len(self.cache), -1, -1))
-        # What stood in the column that is used next to force tokens is used up.
+        # The oldest column is read no more: emptied, or it would force tokens when the ring comes round.
         self.cache.index_fill_(2, (now + self.max_delay + 1) % columns, UNGENERATED)
         return aligned
 

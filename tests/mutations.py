@@ -56,7 +56,7 @@ MIMI = [
      "nn.ELU(0.5), CausalConv1d(channels // 2, channels, 1))"),
     ("one ring for all layers", "x = layer(x, window, ring)", "x = layer(x, window, rings[0])"),
     ("unknown keys are let through", "if unknown := given.keys() - table.keys():", "if unknown := set():"),
-    ("any value will do", "if use and value not in possible:", "if False:"),
+    ("any value will do", "if value != expected:", "if False:"),
     ("any number will do", "if not good or is_list", "if is_list"),
     ("a list will do", "if not good or is_list != field.type.startswith(\"tuple\"):", "if not good:"),
     ("extra tensors are let through", "    if unused:\n", "    if False:\n"),
