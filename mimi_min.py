@@ -130,8 +130,8 @@ _MIMI_KEYS: dict[str, tuple] = {
 # -------------------------------------------------------------------------------------------------- streaming
 
 def init_state(module: nn.Module, batch_size: int) -> dict:
-    """The empty memory of every module inside `module` that has one: {module: {name: tensor}}.
-    Pass it as `state` to stream. A call updates the tensors in place, so that a CUDA graph can replay it."""
+    """The empty memory of all modules in `module`, {module: {name: tensor}}. Pass it as `state` to stream,
+    inside torch.no_grad(). A call updates the tensors in place, so that a CUDA graph can replay it."""
     return {part: part.new_memory(batch_size) for part in module.modules() if hasattr(part, "new_memory")}
 
 class CausalConv1d(nn.Module):
@@ -282,6 +282,8 @@ class Attention(nn.Module):
         qk, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         q, k = rope(qk, window.cos, window.sin).split([self.num_heads, self.num_kv_heads], dim=1)
         if ring is not None:
+            if k.requires_grad:
+                raise ValueError("stream inside torch.no_grad(): the memory keeps no gradients")
             ring.index_copy_(3, window.slots, torch.stack([k, v]))
             k, v = ring[:, :, :, : window.mask.shape[-1]]
         grouped = self.num_kv_heads != self.num_heads

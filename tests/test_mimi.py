@@ -325,6 +325,14 @@ def test_encode_and_decode_keep_no_graph(pair, device):
     assert ours.to_latent(pcm).requires_grad and ours.from_latent(ours.to_latent(pcm)).requires_grad
 
 
+def test_streaming_with_gradients_is_refused():
+    ours = Mimi(MimiConfig.from_dict(MIMI["small"]))
+    for call, x in ((ours.to_latent, torch.zeros(1, 1, ours.frame_size)),
+                    (ours.from_latent, torch.zeros(1, ours.config.latent_dim, 1))):
+        with pytest.raises(ValueError, match="no_grad"):
+            call(x, init_state(ours, 1))
+
+
 def test_gradients(pair, device, tmp_path):
     """The gradients of a loss on latent and wave, of the sound and of every parameter that takes part."""
     ours, official = (copy.deepcopy(model).requires_grad_() for model in pair("small", device))

@@ -498,11 +498,12 @@ def test_prefill(pair, device, name, frames):
 def test_wrong_calls(pair):
     """Shapes and options that cannot be meant are refused in one sentence."""
     ours, _ = pair("small")
-    sampler = MoshiGen(ours, 2)
+    sampler, with_gradients = MoshiGen(ours, 2), Moshi(MoshiConfig.from_dict(LM["small"]))
     for call in (lambda: sampler.step(torch.zeros(1, 3, 1, dtype=torch.long)),
                  lambda: sampler.step(torch.zeros(2, 2, 1, dtype=torch.long)),
                  lambda: sampler.prefill(torch.zeros(2, 6, 4, dtype=torch.long)),
                  lambda: ours(torch.zeros(1, 6, 4, dtype=torch.long)),
+                 lambda: with_gradients.temporal(torch.zeros(1, 7, 1, dtype=torch.long), init_state(with_gradients, 1)),
                  lambda: MoshiGen(ours, top_k=0), lambda: MoshiGen(ours, temp=-1)):
         with pytest.raises(ValueError):
             call()
