@@ -524,6 +524,7 @@ def load_weights(model: nn.Module, path: str | Path, rules: list, device, dtype:
     """Puts the tensors of a SafeTensors file into `model`, which was built on the meta device.
     On the CPU weights are mapped from the file, not read, where they have the dtype asked for (None: any).
     A missing, extra or misshapen tensor raises ValueError, and so does a file that isn't SafeTensors."""
+    open(path, "rb").close()  # its OSError says why not; safe_open takes any such file for a missing one
     try:
         file = safetensors.safe_open(path, framework="pt", device=str(device))
     except safetensors.SafetensorError as error:
@@ -537,6 +538,8 @@ def load_weights(model: nn.Module, path: str | Path, rules: list, device, dtype:
         if stored != list(shape):
             raise ValueError(f"{path}: {name} has the shape {stored}, expected {list(shape)}")
         unused.remove(name)
+        if file.get_slice(name).get_dtype().startswith(("I", "U", "BOOL")):
+            raise ValueError(f"{path}: {name} holds whole numbers; int8 files are not read")
         return file.get_tensor(name).to(dtype=dtype)
 
     weights, names = {}, official_names(model, rules)
@@ -558,13 +561,14 @@ def load_weights(model: nn.Module, path: str | Path, rules: list, device, dtype:
 
 def save_weights(model: nn.Module, path: str | Path, rules: list) -> None:
     """Writes the file that `load_weights` reads, with the newer official names."""
-    tensors: dict[str, Tensor] = {}
+    tensors, weights = {}, model.state_dict()
     for ours, name in official_names(model, rules).items():
-        tensor = model.state_dict()[ours]
+        tensor = weights[ours]
         pieces = enumerate(tensor) if "{k}" in name else [(0, tensor)]
         tensors.update({name.format(k=k): piece.contiguous() for k, piece in pieces})
     with whole_file(path) as file:
-        save_file(tensors, file.name)
+        save_file(tensors, file.name)  # puts a file of its own there, which only its owner may read
+        os.chmod(file.name, os.fstat(file.fileno()).st_mode & 0o777)
 
 TRANSFORMER_NAMES = [  # shared with Helium
     (r"\.attention\.(in|out)_proj\.", r".self_attn.\1_projs.0."), (r"\.scale(\d)$", r".layer_scale_\1.scale"),

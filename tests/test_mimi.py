@@ -407,6 +407,8 @@ def test_new_mimi_is_saved_whole(tmp_path):
     torch.manual_seed(3)
     ours = Mimi(MimiConfig.from_dict(MIMI["small"])).eval()
     save_mimi(ours, tmp_path / "new.safetensors")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "new.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode, "who may read it"
     official = loaders.get_mimi(tmp_path / "new.safetensors", MIMI["small"], num_codebooks=6)
     pcm = sound(1, 9, ours)
     with torch.no_grad():
@@ -437,6 +439,7 @@ def test_broken_files(tmp_path):
                      "quantizer.rvq_rest.vq.layers.3._codebook.cluster_usage"):
             refused({key: t for key, t in source.items() if key != name}, name.split(".in_proj")[0].split(".out_proj")[0])
             refused({**source, name: source[name][:-1].clone()}, name)
+            refused({**source, name: source[name].to(torch.int8)}, name, "int8")
         refused({**source, "encoder.model.99.weight": torch.zeros(3)}, "encoder.model.99.weight")
     path.write_bytes(pickle.dumps({"model": [1.0]}))
     refused(None)
@@ -447,6 +450,8 @@ def test_broken_files(tmp_path):
     refused(None)
     path.unlink()
     refused(None, "broken.safetensors", error=FileNotFoundError)
+    path.mkdir()
+    refused(None, "broken.safetensors", error=IsADirectoryError)
 
 
 @torch.no_grad()
