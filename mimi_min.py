@@ -30,14 +30,14 @@ from torch import Tensor, nn
 # ---------------------------------------------------------------------------------------------- configuration
 
 def check_numbers(config, may_be_zero: tuple[str, ...] = ()) -> None:
-    """ValueError unless every field of a config dataclass holds positive numbers of its kind."""
+    """ValueError unless every field of a config dataclass holds positive numbers of its kind below 2**20."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         is_list = isinstance(value, (list, tuple))
         kinds = (int, float) if field.type == "float" else (int,)
         lowest = 0 if field.name in may_be_zero else 1e-9
         numbers = value if is_list else [value]
-        good = all(type(number) in kinds and lowest <= number < math.inf for number in numbers)
+        good = numbers and all(type(number) in kinds and lowest <= number < 2**20 for number in numbers)
         if not good or is_list != field.type.startswith("tuple"):
             raise ValueError(f"config: {field.name} cannot be {value!r}")
 

@@ -67,6 +67,8 @@ class MoshiConfig:
             dim, heads, repeat = (getattr(self, part + name) for name in ("dim", "num_heads", "kv_repeat"))
             if dim % (pair * heads) or heads % repeat:
                 raise ValueError(f"config: {part}dim {dim} does not fit {heads} heads, kv_repeat {repeat}")
+        if min(int(self.hidden_scale * self.dim), self.depformer_dim_feedforward) < 2:
+            raise ValueError("config: hidden_scale or depformer_dim_feedforward leaves no hidden unit")
         if max(self.existing_text_padding_id, self.existing_text_end_padding_id) >= self.text_card:
             raise ValueError("config: the padding tokens must be below text_card")
 

@@ -476,7 +476,8 @@ def test_missing_keys_have_the_official_defaults(tmp_path):
 @pytest.mark.parametrize("section, key, value", [
     (None, "sample_rate", 0), (None, "frame_rate", 13.0), (None, "channels", 2), (None, "surprise", 1),
     (None, "sample_rate", "24k"), ("seanet", "ratios", [5, 3]), ("seanet", "ratios", [4, 0, 2]),
-    ("seanet", "ratios", 24), ("seanet", "norm", "weight_norm"), ("seanet", "pad_mode", "reflect"),
+    ("seanet", "ratios", 24), ("seanet", "ratios", []), ("seanet", "n_filters", 2**20), ("transformer", "max_period", 1e300),
+    ("quantizer", "n_q", 10**30), ("seanet", "norm", "weight_norm"), ("seanet", "pad_mode", "reflect"),
     ("seanet", "causal", False), ("seanet", "surprise", 1), ("seanet", "dimension", 31),
     ("seanet", "n_residual_layers", 3), ("seanet", "kernel_size", -1), ("quantizer", "n_q", 1),
     ("quantizer", "bins", 0), ("quantizer", "n_q_semantic", 2), ("quantizer", "surprise", 1),
@@ -492,7 +493,7 @@ def test_wrong_configs(section, key, value):
         MimiConfig.from_dict(config)
     message = str(caught.value)
     ours = {"n_q": "codebook", "num_heads": "heads", "dimension": "dim", "sample_rate": "frame_rate",
-            "ratios": "ratio", "bins": "codebook_size", "key": "surprise", "input_dimension": "dim"}
+            "ratios": "ratio", "bins": "codebook_size", "key": "surprise", "n_filters": "filters", "input_dimension": "dim"}
     assert key in message or ours.get(key, key) in message, message
 
 

@@ -628,7 +628,8 @@ def test_missing_keys_have_the_official_defaults(tmp_path):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("surprise", 1), ("dim", 33), ("dim", 0), ("dim", "32"), ("num_heads", 5), ("kv_repeat", 3), ("n_q", 5), ("dep_q", 7),
+    ("surprise", 1), ("hidden_scale", 0.03), ("hidden_scale", 2**20), ("depformer_dim_feedforward", 1), ("context", 2**20),
+    ("max_period", 1e300), ("dim", 33), ("dim", 0), ("dim", "32"), ("num_heads", 5), ("kv_repeat", 3), ("n_q", 5), ("dep_q", 7),
     ("delays", [0, 0, 1]), ("delays", [0, 0, 1, -1, 0, 1, 1]), ("delays", None), ("delays", [0, 0, 1, 0.5, 0, 1, 1]),
     ("context", None), ("context", 0), ("gating", "gelu"), ("norm", "layer_norm"), ("positional_embedding", "sin"),
     ("causal", False), ("layer_scale", 0.1), ("depformer_pos_emb", "rope"), ("depformer_multi_linear", False),
