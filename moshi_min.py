@@ -302,10 +302,10 @@ class Moshi(nn.Module):
 # ------------------------------------------------------------------------------------------------- generation
 
 def sample(logits: Tensor, temp: float, top_k: int) -> Tensor:
-    """One token [B] of logits [B, C]: the likeliest at temp 0, else drawn among the top_k.
+    """One token [B] of logits [B, C]: the likeliest at temp 0 (below 1e-6), else drawn among the top_k.
     p / Exponential(1) noise is largest at i with probability p_i. Unlike multinomial this never waits for the
     GPU, and numbers are drawn in the official order: the same seed gives the same tokens."""
-    if temp == 0:
+    if temp < 1e-6:
         return logits.argmax(dim=-1)
     probabilities = torch.softmax(logits.float() / temp, dim=-1)
     top, tokens = probabilities.topk(min(top_k, probabilities.shape[-1]), dim=-1)
@@ -369,7 +369,7 @@ class MoshiGen:
         else:  # Dummy steps would spoil memory and random numbers: the first is eager, the second captured.
             if self.graph is None:
                 self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):
+                with torch.cuda.device(self.user.device), torch.cuda.graph(self.graph):
                     self.output = self._step()
             self.graph.replay()
         self.steps += 1

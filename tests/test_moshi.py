@@ -19,7 +19,7 @@ from reference import (LM, ForcedLMGen, close, error, finetune_loss, is_tie, lm_
 from safetensors.torch import load_file, save_file
 
 from mimi_min import init_state
-from moshi_min import Moshi, MoshiConfig, MoshiGen, load_checkpoint, load_moshi, save_moshi
+from moshi_min import Moshi, MoshiConfig, MoshiGen, load_checkpoint, load_moshi, sample, save_moshi
 
 # Of the logits' peak. Rounding to bfloat16 (8 bits) in every layer takes the official model itself up to 2.2 % of the
 # peak away from its float32 self, with the models of this file. Two correct models may round in opposite directions.
@@ -507,6 +507,11 @@ def test_wrong_calls(pair):
                  lambda: MoshiGen(ours, top_k=0), lambda: MoshiGen(ours, temp=-1)):
         with pytest.raises(ValueError):
             call()
+
+
+def test_a_temperature_next_to_nothing_is_greedy():
+    logits = torch.randn(50, 20)
+    assert torch.equal(sample(logits, 1e-40, 20), logits.argmax(-1))
 
 
 @pytest.mark.cuda
