@@ -191,6 +191,8 @@ def converse(mimi, gen: MoshiGen, frames, screen: Screen, writer: SoundWriter) -
             if said[-1] is not None:
                 screen.say(int(said[-1][0, 0]))
                 answer = mimi.decode(said[-1][:, 1:], state)[0, 0].cpu()
+                if not answer.isfinite().all():
+                    raise Problem("the checkpoint's codec makes samples that are not finite; get it again")
             writer.add(frame, answer)
             screen.frame_done(time.monotonic() - start)
     except KeyboardInterrupt:
@@ -262,10 +264,10 @@ def run(args: argparse.Namespace) -> int:
     sound = None if args.question == "-" else read_wav(Path(args.question))
     try:
         moshi, mimi, tokenizer, config = load_checkpoint(args.checkpoint, args.device, DTYPES[args.dtype])
-    except FileNotFoundError as error:
-        raise Problem(
-            f"{error}. It takes {MOSHI_FILE}, {MIMI_FILE}, {TOKENIZER_FILE}; get the released ones with: "
-            "hf download kyutai/moshiko-pytorch-bf16 --local-dir moshiko, then say --checkpoint moshiko")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Problem(f"{error.filename}: {error.strerror}. It takes {MOSHI_FILE}, {MIMI_FILE}, "
+                      f"{TOKENIZER_FILE}; get the released ones with: hf download "
+                      "kyutai/moshiko-pytorch-bf16 --local-dir moshiko, then say --checkpoint moshiko")
     except ValueError as error:
         raise Problem(f"{error}; get the checkpoint again, or name another one")
     if not sound and args.lead_seconds is None:

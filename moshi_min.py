@@ -467,31 +467,35 @@ class Checkpoint(NamedTuple):
 def _read_json(path: Path) -> dict:
     try:
         return {**json.loads(path.read_text())}  # a TypeError if it isn't an object
-    except (OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON object ({error})") from None
 
 def load_checkpoint(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Checkpoint:
-    """Opens a folder in the official format; without `config.json` it is a Moshi 7B.
-    `dtype` None is bfloat16, or on a CPU float32 for a narrow model. What is missing raises
-    FileNotFoundError, what is wrong ValueError, with one sentence."""
+    """Opens a folder in the official format, without `config.json` a Moshi 7B. `dtype` None is bfloat16, or
+    float32 for a narrow model. What is missing raises FileNotFoundError, what is wrong ValueError."""
     folder, config, moshi_config, mimi_config = Path(folder), {}, MoshiConfig(), MimiConfig()
     if (folder / "config.json").exists():
         config = _read_json(folder / "config.json")
         moshi_config = MoshiConfig.from_dict(config)
+    for key in ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name"):
+        if not isinstance(config.get(key, ""), str):
+            raise ValueError(f"config: {key} must be the name of a file, not {config[key]!r}")
+    sampling = config.get("lm_gen_config", {})
+    if not isinstance(sampling, dict) or type(sampling.get("use_sampling", True)) is not bool:
+        raise ValueError(f"config: lm_gen_config cannot be {sampling!r}")
+    if unknown := sampling.keys() - {"temp", "temp_text", "top_k", "top_k_text", "use_sampling"}:
+        raise ValueError(f"config: lm_gen_config has the unknown key {min(unknown)!r}")
     if config.get("mimi_config_name"):
         mimi_config = MimiConfig.from_dict(_read_json(folder / config["mimi_config_name"]))
-    own, card = moshi_config.dep_q, moshi_config.card
-    if card != mimi_config.codebook_size:
-        raise ValueError(f"{folder}: Moshi has {card} audio tokens, Mimi {mimi_config.codebook_size}")
-    if dtype is None:
-        narrow = torch.device(device).type == "cpu" and moshi_config.dim <= 1024
-        dtype = torch.float32 if narrow else torch.bfloat16
-    mimi_path = folder / config.get("mimi_name", MIMI_FILE)
-    mimi = load_mimi(mimi_path, mimi_config, max(own, moshi_config.n_q - own), device)
+    if moshi_config.card != mimi_config.codebook_size:
+        raise ValueError(f"config: card {moshi_config.card}, but Mimi has {mimi_config.codebook_size} tokens")
+    dtype = dtype or (torch.float32 if moshi_config.dim <= 1024 else torch.bfloat16)
+    codebooks = max(moshi_config.dep_q, moshi_config.n_q - moshi_config.dep_q)
+    mimi = load_mimi(folder / config.get("mimi_name", MIMI_FILE), mimi_config, codebooks, device)
     moshi = load_moshi(folder / config.get("moshi_name", MOSHI_FILE), moshi_config, device, dtype)
-    tokenizer_path = folder / config.get("tokenizer_name", TOKENIZER_FILE)
-    tokenizer = None
-    if tokenizer_path.exists():
+    tokenizer, tokenizer_path = None, folder / config.get("tokenizer_name", TOKENIZER_FILE)
+    if "tokenizer_name" in config or tokenizer_path.exists():
+        open(tokenizer_path, "rb").close()  # its OSError says why not
         try:
             tokenizer = SentencePieceProcessor(model_file=str(tokenizer_path))
         except (OSError, RuntimeError) as error:

@@ -166,7 +166,7 @@ def moshi_config(given: dict, depth: dict, what: str) -> tuple[MoshiConfig, dict
         "layer_scale": None, "positional_embedding": "rope", "depformer_context": K, "depformer_gating": "silu",
         "depformer_layer_scale": None, "depformer_multi_linear": True, "depformer_pos_emb": "none",
         "depformer_weights_per_step": True, "model_type": "moshi", "moshi_name": MOSHI_FILE, "mimi_name": MIMI_FILE,
-        "mimi_config_name": MIMI_CONFIG_FILE, "tokenizer_name": TOKENIZER_FILE}
+        "mimi_config_name": MIMI_CONFIG_FILE}
 
 
 # ------------------------------------------------------------------------------------------------------- weights
