@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import math
 import os
+import signal
 import struct
 import sys
 import time
@@ -129,9 +130,12 @@ class SoundWriter:
                 "<4sI8sIHHIIHH4sI", b"RIFF", 36 + self.size, b"WAVEfmt ", 16, 1, self.channels, self.rate,
                 self.rate * block, block, 16, b"data", self.size))
 
-def forget_pipe(stream) -> None:
-    """What is still written to `stream` goes nowhere: its reader has gone."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def show(text: str, stream) -> None:
+    """Prints at once. When the reader of `stream` has gone, what is written to it goes nowhere."""
+    try:
+        print(text, end="", file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 class Screen:
     """What one sees meanwhile: the inner monologue on `stream`, a progress line on standard error."""
@@ -150,22 +154,15 @@ class Screen:
             piece = self.tokenizer.id_to_piece(token) if known else f"▁{token}"
             is_byte = known and self.tokenizer.is_byte(token)
             text = bytes.fromhex(piece[3:5]) if is_byte else piece.replace("▁", " ").encode()
-            self.print(self.utf8.decode(text))
-
-    def print(self, text: str) -> None:
-        """Prints at once; the sound goes on when nobody reads the words any more."""
-        try:
-            print(text, end="", file=self.stream, flush=True)
-        except BrokenPipeError:
-            forget_pipe(self.stream)
+            show(self.utf8.decode(text), self.stream)
 
     def frame_done(self, seconds: float) -> None:
         """Counts a frame and the work it took. A terminal shows each, a file one every five seconds."""
         self.frames, self.busy = self.frames + 1, self.busy + seconds
         if sys.stderr.isatty():  # right of the words; the cursor goes back to where it was, and nothing wraps
-            print(f"\x1b7\x1b[K\x1b[?7l  [{self}]\x1b[?7h\x1b8", end="", file=sys.stderr, flush=True)
+            show(f"\x1b7\x1b[K\x1b[?7l  [{self}]\x1b[?7h\x1b8", sys.stderr)
         elif time.monotonic() - self.shown > 5:
-            print(self, file=sys.stderr, flush=True)
+            show(f"{self}\n", sys.stderr)
             self.shown = time.monotonic()
 
     def __str__(self) -> str:
@@ -296,15 +293,15 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.nullcontext(sys.stdout.buffer) if raw else whole_file(args.output) as file:
         writer = SoundWriter(file, args.stereo, rate, raw)
         codes, interrupted = converse(mimi, gen, frames, screen, writer)
-        screen.print(screen.utf8.decode(b"", True) + "\n")  # with what came of a last character, if cut off
+        show(screen.utf8.decode(b"", True) + "\n", screen.stream)  # what came of a last character, if cut off
         if not screen.frames:
             raise KeyboardInterrupt if interrupted else Problem("no sound on standard input; check the pipe")
         writer.finish()
         if args.tokens:
             with whole_file(args.tokens) as table:
                 np.savez(table, codes=codes.numpy(), delays=moshi.config.delays, frame_rate=mimi.frame_rate)
-    print(f"{screen.frames} frames, {1000 * screen.busy / screen.frames:.1f} ms per frame, {screen}: "
-          f"{'standard output' if raw else args.output}", file=sys.stderr)
+    show(f"{screen.frames} frames, {1000 * screen.busy / screen.frames:.1f} ms per frame, {screen}: "
+         f"{'standard output' if raw else args.output}\n", sys.stderr)
     return 130 if interrupted else 0
 
 def main(argv: list[str] | None = None) -> int:
@@ -313,8 +310,8 @@ def main(argv: list[str] | None = None) -> int:
         return run(read_arguments(argv))
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # nobody listens any more
-        forget_pipe(sys.stdout)
+    except BrokenPipeError:
+        show("", sys.stdout)  # nobody listens any more
         return 0
     except (Problem, OSError) as error:
         problem = str(error)
@@ -322,8 +319,17 @@ def main(argv: list[str] | None = None) -> int:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
             raise
         problem = "out of memory; try --dtype bfloat16, another --device, or a smaller checkpoint"
-    print(f"generate.py: error: {' '.join(problem.split())}", file=sys.stderr)
+    show(f"generate.py: error: {' '.join(problem.split())}\n", sys.stderr)
     return 2
 
+def interrupt_once(*_) -> None:
+    """The first Ctrl-C ends the conversation; a second one must not cost the file."""
+    signal.signal(signal.SIGINT, lambda *_: None)
+    raise KeyboardInterrupt
+
 if __name__ == "__main__":
+    for name in ("stdin", "stdout", "stderr"):
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))  # None: the caller has closed it
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a word's letters
+    signal.signal(signal.SIGINT, interrupt_once)
     sys.exit(main())

@@ -1,5 +1,6 @@
 """The program: what it reads and writes, its answers beside the official package's, and all that can go wrong."""
 import io
+import itertools
 import json
 import math
 import os
@@ -417,6 +418,28 @@ def test_command_pipes_and_broken_pipes(checkpoint, tmp_path, question):
     assert run.returncode == 0 and "rror" not in err and (tmp_path / "b.wav").read_bytes() == answer
 
 
+def test_nobody_reads_standard_error(call, tmp_path, question, monkeypatch):
+    """The answer is saved all the same (`2>&1 | head -1`), and a problem ends with 2."""
+    monkeypatch.setattr(time, "monotonic", itertools.count(0, 6).__next__)  # progress is printed after each frame
+    for file, exit_code in ((question, 0), ("absent.wav", 2)):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "w") as stderr:
+            monkeypatch.setattr(sys, "stderr", stderr)
+            assert call(file, *QUICK)[0] == exit_code
+    assert len(parse((tmp_path / "answer.wav").read_bytes())) == (13 + 4) * FRAME
+
+
+def test_closed_streams_and_a_terminal_of_few_letters(checkpoint, tmp_path, question):
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command(checkpoint, question, "-o", "a.wav", *QUICK)]
+    assert subprocess.run(closed, cwd=tmp_path).returncode == 0
+    run = subprocess.run(command(checkpoint, question, "-o", "b.wav", *QUICK), cwd=tmp_path, capture_output=True,
+                         env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert run.returncode == 0, run.stderr
+    assert b"?" in run.stdout and run.stdout.isascii(), "no letter beyond ASCII was to be printed"
+    assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
+
+
 def test_live_frames_come_at_once_and_ctrl_c_keeps_a_whole_file(checkpoint, tmp_path):
     """Each frame in gives a frame out before the next is there; Ctrl-C ends with 130."""
     raw = (voice(2.0) * 32767).astype("<i2").tobytes()
@@ -440,7 +463,9 @@ def test_live_frames_come_at_once_and_ctrl_c_keeps_a_whole_file(checkpoint, tmp_
         while time.monotonic() < deadline and not (part.exists() and part.stat().st_size >= 44 + 10 * 7680):
             time.sleep(0.02)
         assert (tmp_path / "a.wav").read_bytes() == b"old"
-        run.send_signal(signal.SIGINT)
+        for _ in range(20):  # impatient: those after the first must not cost the file
+            run.send_signal(signal.SIGINT)
+            time.sleep(0.0003)
         assert run.wait(20) == 130
         assert "Traceback" not in run.stderr.read().decode()
     assert parse((tmp_path / "a.wav").read_bytes()).shape == (11 * FRAME, 2)
