@@ -55,8 +55,8 @@ def read_wav(path: Path) -> tuple[Tensor, int]:
     known = (form, width) in ((1, 1), (1, 2), (1, 3), (1, 4), (3, 4), (3, 8)) and width * channels == block
     if not known or not 1000 <= rate <= 1_000_000:
         raise Problem(f"{path}: format {form} of {bits} bits at {rate} Hz is not read here" + convert)
-    there = len(data) - place
-    if size == 0 or size >= 0x7FFF0000:  # its writer wrote into a pipe and could not know
+    there, whole = len(data) - place, struct.unpack_from("<I", data, 4)[0] == len(data) - 8
+    if size == 0 and not whole or size >= 0x7FFF0000:  # its writer wrote into a pipe and could not know
         size = there
     if size > there:
         raise Problem(f"{path} is cut off: {there} of {size} bytes of sound are there" + again)
@@ -208,8 +208,7 @@ def number(kind: type, low: int):
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= 10**9:
                 return kind(text)
-        whole = "whole " if kind is int else ""
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number from {low} to 10^9")
+        raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number from {low} to 1e9")
     return read
 
 SETTINGS = (  # option, what it is, its reader, its place in config.json, and its value when that says nothing
@@ -237,23 +236,27 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
         add(f"--{name.replace('_', '-')}", type=kind, help=f"{what} (default: the checkpoint's or {default})")
     add("--stereo", action="store_true", help="the user left, Moshi right")
     add("--tokens", metavar="RUN.npz", help="also save the aligned tokens of all streams")
+    def fail(message: str):
+        raise Problem(message)
+    parser.error = fail
     args = parser.parse_args(argv)
-    if args.output == "-" and args.stereo:
-        parser.error("--stereo needs a file as output; name one with -o")
+    if args.output == "-" and args.stereo or args.tokens == "-":
+        fail("--stereo and --tokens need a file, not '-'; name one")
     if args.question == "-" and sys.stdin.isatty():
-        parser.error("'-' reads raw sound from a pipe; see --help")
-    taken = [Path(args.question).resolve()] * (args.question != "-")
+        fail("'-' reads raw sound from a pipe; see --help")
+    taken = [os.path.realpath(args.question)] * (args.question != "-")
     for path in (Path(name) for name in (args.output, args.tokens) if name not in ("-", None)):
         if not path.parent.is_dir():
-            parser.error(f"{path}: the folder {path.parent} does not exist; make it first")
-        writable = os.access(path.parent, os.W_OK) and (path.is_file() or not path.exists())
-        if not writable or path.resolve() in taken:
-            parser.error(f"{path} is no file that can be written, or named twice; name another one")
-        taken.append(path.resolve())
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+            fail(f"{path}: the folder {path.parent} does not exist; make it first")
+        if not os.access(path.parent, os.W_OK) or path.exists() and not path.is_file():
+            fail(f"{path} is no file that can be written; name another one")
+        if os.path.realpath(path) in taken:
+            fail(f"{path} is named twice; name another one")
+        taken.append(os.path.realpath(path))
+    there = {"cuda": torch.cuda.is_available(), "cpu": True, "mps": torch.backends.mps.is_available()}
     args.device = next(name for name in there if there[name]) if args.device == "auto" else args.device
     if not there[args.device]:
-        parser.error(f"--device {args.device}: there is no such device here; try --device cpu")
+        fail(f"--device {args.device}: there is no such device here; try --device cpu")
     return args
 
 def run(args: argparse.Namespace) -> int:
@@ -313,8 +316,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         show("", sys.stdout)  # nobody listens any more
         return 0
-    except (Problem, OSError) as error:
+    except Problem as error:
         problem = str(error)
+    except OSError as error:
+        problem = f"{error.filename or 'input or output'}: {error.strerror or error}; put that right"
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
             raise
