@@ -261,6 +261,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Loads, talks, saves; returns the exit code."""
+    torch.backends.cudnn.allow_tf32 = False  # see load_mimi
     sound = None if args.question == "-" else read_wav(Path(args.question))
     try:
         moshi, mimi, tokenizer, config = load_checkpoint(args.checkpoint, args.device, DTYPES[args.dtype])

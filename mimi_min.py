@@ -583,7 +583,8 @@ MIMI_NAMES = [
 ]
 
 def load_mimi(path: str | Path, config: MimiConfig | None = None, num_codebooks=8, device="cpu") -> Mimi:
-    """Mimi from an official SafeTensors file, in float32; `config` None is the released one."""
+    """Mimi from an official SafeTensors file, in float32; `config` None is the released one.
+    On CUDA set torch.backends.cudnn.allow_tf32 = False: TF32 is the default there and can change codes."""
     with torch.device("meta"):
         mimi = Mimi(config or MimiConfig())
     load_weights(mimi, path, MIMI_NAMES, device, torch.float32)

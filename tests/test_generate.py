@@ -21,6 +21,7 @@ from random_checkpoint import make_random_checkpoint
 from safetensors.torch import load_file, save_file
 
 import generate
+import moshi_min
 from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, load_checkpoint
 
 RATE, FRAME = 24000, 1920
@@ -551,7 +552,20 @@ def test_missing_question_and_device(call, tmp_path, question):
         if not there:
             with pytest.raises(generate.Problem):
                 generate.read_arguments([str(question), "--device", device])
-            assert stop.value.code == 2
+
+
+def test_choice_of_device_and_precision(call, checkpoint, question, monkeypatch):
+    """CUDA where there is one, else the CPU: nobody has run MPS. A narrow model is float32 everywhere, without TF32."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert generate.read_arguments([str(question)]).device == ("cuda" if there else "cpu")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    one_line(*call("absent.wav")[::2], "absent.wav")
+    assert not torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(moshi_min, "load_mimi", lambda *_: None)
+    monkeypatch.setattr(moshi_min, "load_moshi", lambda *arguments: arguments[-1])
+    assert load_checkpoint(checkpoint, "cuda").moshi == torch.float32
 
 
 def change(**keys):
