@@ -469,7 +469,8 @@ def test_live_frames_come_at_once_and_ctrl_c_keeps_a_whole_file(checkpoint, tmp_
         for _ in range(20):  # impatient: those after the first must not cost the file
             run.send_signal(signal.SIGINT)
             time.sleep(0.0003)
-        assert run.wait(20) == 130
+        # Python's own handler is gone while it shuts down: then the last one ends it, for a shell that is 130 too.
+        assert run.wait(20) in (130, -signal.SIGINT)
         assert "Traceback" not in run.stderr.read().decode()
     assert parse((tmp_path / "a.wav").read_bytes()).shape == (11 * FRAME, 2)
     assert np.load(tmp_path / "run.npz")["codes"].shape == (17, 10)
