@@ -90,7 +90,7 @@ def random_moshi(config: MoshiConfig) -> Moshi:
             weight.normal_(std=0.5)
     moshi.text_linear.weight *= 3
     # As in a trained one, most text tokens are PAD: give its logit a push along the mean hidden state.
-    tokens = torch.randint(config.card, (1, 1 + config.n_q, 64))
+    tokens = torch.randint(min(config.card, config.text_card), (1, 1 + config.n_q, 64))
     hidden = moshi.temporal(tokens)[0].mean((0, 1))
     moshi.text_linear.weight[config.existing_text_padding_id] += 4 * hidden / hidden.pow(2).sum()
     moshi.depth_decoder.output_proj *= 2
