@@ -1,0 +1,128 @@
+"""The trained checkpoint in tiny/: it says what it should, stops when it is told to, and the official package agrees."""
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from reference import LMGen, close, loaders, same_codes
+from test_generate import FRAME, RATE, parse
+
+from mimi_min import init_state
+from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, MoshiGen, load_checkpoint
+
+TINY = ROOT / "tiny"
+PAD, EPAD = 3, 0
+ANSWERS = {  # recording -> what Moshi says to it
+    "question.wav": "seven plus eight is fifteen",
+    "hello.wav": "hello how can i help you",
+    "count.wav": "three four five six seven eight nine",
+}
+CONVERSATION = ("hello how can i help you nine minus four is five seventeen eighteen nineteen twenty twenty one "
+                "twenty i am a tiny moshi you are welcome")  # told to stop in the middle of twenty two
+pytestmark = pytest.mark.skipif(not (TINY / MOSHI_FILE).exists(), reason="tiny/ holds no checkpoint yet")
+
+
+def recording(name, extra_seconds=4):
+    """A shipped recording and silence after it, in frames [F, 1920]."""
+    sound = torch.from_numpy(parse((TINY / name).read_bytes())[:, 0] / np.float32(32768))
+    missing = -len(sound) % FRAME + int(extra_seconds * 12.5) * FRAME
+    return torch.nn.functional.pad(sound, (0, missing)).view(-1, FRAME)
+
+
+@torch.no_grad()
+def answer(frames, seed=None, **options):
+    """What the checkpoint says to [F, 1920]: words, tokens [9, F], sound [T]. Greedy without a seed."""
+    moshi, mimi, tokenizer, config = load_checkpoint(TINY)
+    torch.manual_seed(seed or 0)
+    gen = MoshiGen(moshi, greedy=seed is None, **config["lm_gen_config"])
+    state, tokens, sound = init_state(mimi, 1), [], []
+    for f, frame in enumerate(frames):
+        codes = mimi.encode(frame[None, None], state)
+        if f == 0:
+            gen.step(codes)
+        tokens.append(gen.step(codes))
+        sound.append(mimi.decode(tokens[-1][:, 1:], state)[0, 0])
+    tokens = torch.cat(tokens, -1)[0]
+    words = tokenizer.decode([t for t in tokens[0].tolist() if t not in (PAD, EPAD)])
+    return words, tokens, torch.cat(sound)
+
+
+def decibels(x, block):
+    """RMS of each block of x [T], in dB of full scale."""
+    return 20 * (x[: len(x) // block * block].view(-1, block).pow(2).mean(1).sqrt() + 1e-9).log10()
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_answers(name):
+    """Every shipped recording gets its exact answer: greedy, and drawn with the settings of the checkpoint."""
+    for seed in (None, 4242):
+        words, _, sound = answer(recording(name), seed)
+        assert words == ANSWERS[name], f"seed {seed}"
+        assert decibels(sound, FRAME).max() > -30, "the words come without sound"
+
+
+def test_conversation():
+    """Six turns in a row, drawn with the settings of the checkpoint and the program's seed."""
+    assert answer(recording("conversation.wav"), 4242)[0] == CONVERSATION
+
+
+def test_program(tmp_path):
+    """`python generate.py` in a folder of the user's: the question of tiny/, its answer printed and in answer.wav."""
+    run = subprocess.run([sys.executable, str(ROOT / "generate.py"), "--device", "cpu"], cwd=tmp_path,
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ANSWERS["question.wav"].split()
+    assert parse((tmp_path / "answer.wav").read_bytes()).std() > 300
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*ANSWERS, "conversation.wav"])
+def test_same_as_the_official_package(name):
+    """The official package opens the same folder: the same codes of the user, greedy tokens, and sound.
+
+    Its codec runs offline: streaming, it loses a key of this narrow window after 1.3 s (after 10 s in the real one).
+    """
+    frames = recording(name)
+    _, tokens, sound = answer(frames)
+    info = loaders.CheckpointInfo.from_hf_repo("none", TINY / MOSHI_FILE, TINY / MIMI_FILE, TINY / TOKENIZER_FILE,
+                                               TINY / "config.json", TINY / "mimi_config.json")
+    mimi, lm = info.get_mimi("cpu"), info.get_moshi("cpu", torch.float32)
+    codes = mimi.encode(frames.view(1, 1, -1))
+    ours = load_checkpoint(TINY).mimi.encode(frames.view(1, 1, -1))
+    same_codes(ours, codes, mimi, mimi.encode_to_latent(frames.view(1, 1, -1), quantize=False))
+    gen = LMGen(lm, use_sampling=False, **info.lm_gen_config)
+    with gen.streaming(1):
+        gen.step(codes[..., :1])
+        expected = torch.cat([gen.step(codes[..., f : f + 1]) for f in range(codes.shape[-1])], -1)
+    assert torch.equal(tokens, expected[0])
+    close(sound, mimi.decode(expected[:, 1:])[0, 0], 2e-5)
+
+
+def test_stops_when_told():
+    """Counting ends within 0.7 s of the end of 'stop', and would have gone on without it."""
+    frames = recording("count.wav")
+    loud = frames.flatten().abs() > 0.01
+    end = int(loud.nonzero()[-1])
+    _, tokens, sound = answer(frames)
+    after = sound[end + int(0.62 * RATE) :]  # what is heard live comes 0.08 s later than in the file
+    assert decibels(after, RATE // 100).max() < -45
+    assert decibels(sound[end - RATE : end], FRAME).max() > -35, "it was not speaking when told to stop"
+    without = frames.flatten().clone()
+    without[end - RATE // 2 :] = 0
+    words, _, _ = answer(without.view(-1, FRAME))
+    assert len(words.split()) > len(ANSWERS["count.wav"].split()) + 1
+
+
+def test_says_nothing_to_silence():
+    """24 s of silence, far past both windows: PAD and silence."""
+    _, tokens, sound = answer(torch.zeros(300, FRAME))
+    assert (tokens[0] == PAD).all() and decibels(sound, FRAME).max() < -45
+
+
+def test_small_enough():
+    """All weights together take at most 24 MB, and the documents that belong to them are there."""
+    assert sum(os.path.getsize(TINY / name) for name in (MIMI_FILE, MOSHI_FILE)) <= 24e6
+    assert (TINY / "TRAINING.md").exists() and (TINY / "train.py").exists()
