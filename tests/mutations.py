@@ -114,7 +114,7 @@ MOSHI = [
     ("forced only after the loop", "made.append(torch.where(forced[:, k] == UNGENERATED, token, forced[:, k]))",
      "made.append(token)"),
     ("realigned by one too few", "where = (self.offset - self.max_delay + self.delays[:own])",
-     "where = (self.offset - self.max_delay + self.delays[:own].clamp(max=3))"),
+     "where = (self.offset - self.max_delay + self.delays[:own].clamp(max=2))"),
     ("columns are not cleared", "self.cache.index_fill_(2, (now + self.max_delay + 1) % columns, UNGENERATED)", "pass"),
     ("a step speaks too early", "if self.steps > self.max_delay else None", "if self.steps >= self.max_delay else None"),
     ("reset keeps the memory", "                tensor.zero_()\n        self.cache.fill_(UNGENERATED)",
