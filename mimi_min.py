@@ -239,19 +239,19 @@ class Decoder(SEANet):
 
 # ------------------------------------------------------------------------------------------------ transformer
 
-def rotation(positions: Tensor, head_dim: int, max_period: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, head_dim / 2], float32, of the angles by which `rope` turns pairs."""
+def rotation(positions: Tensor, head_dim: int, max_period: float) -> Tensor:
+    """What `rope` multiplies pairs with: cos + i sin of their angles, [T, head_dim / 2] complex."""
     pairs = torch.arange(head_dim // 2, device=positions.device, dtype=torch.float32)
     frequencies = torch.exp(pairs * (-math.log(max_period) * 2 / head_dim))
     angles = positions.float()[:, None] * frequencies
-    return angles.cos(), angles.sin()
+    return torch.polar(torch.ones_like(angles), angles)
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope(x: Tensor, turns: Tensor) -> Tensor:
     """Rotary position embedding (Su et al. 2021) of queries or keys x [B, H, T, head_dim], in float32.
-    Neighbours (x0, x1), (x2, x3), ... are the pairs, as in the released weights; others pair two halves."""
-    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    Neighbours (x0, x1), (x2, x3), ... are the pairs, as in the released weights; others pair two halves.
+    A pair is a complex number x0 + i x1, and multiplying it with a `rotation` turns it."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
 def causal_mask(query_positions: Tensor, key_positions: Tensor, context: int) -> Tensor:
     """[T, S], True where a query may see a key: itself and context - 1 before it. Keys below 0 are empty."""
@@ -261,9 +261,8 @@ def causal_mask(query_positions: Tensor, key_positions: Tensor, context: int) ->
 class Window(NamedTuple):
     """What the layers of a transformer share in one call: where the inputs stand and what they may see."""
 
-    cos: Tensor  # [T, head_dim / 2]
-    sin: Tensor
-    mask: Tensor  # [T, S], S keys
+    turns: Tensor  # [T, head_dim / 2] complex
+    mask: Tensor  # [T, S], S keys: what is added to the scores, 0 or minus infinity
     slots: Tensor | None  # [T], where the ring stores these keys and values; None: the sequence is whole
 
 class Attention(nn.Module):
@@ -280,7 +279,7 @@ class Attention(nn.Module):
         """`ring`: while streaming, the keys and values so far [2, B, KV, slots, hd], these to be added."""
         heads = self.in_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2 KV, T, hd]
         qk, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
-        q, k = rope(qk, window.cos, window.sin).split([self.num_heads, self.num_kv_heads], dim=1)
+        q, k = rope(qk, window.turns).split([self.num_heads, self.num_kv_heads], dim=1)
         if ring is not None:
             if k.requires_grad:
                 raise ValueError("stream inside torch.no_grad(): the memory keeps no gradients")
@@ -340,8 +339,9 @@ class Transformer(nn.Module):
             key_positions = last - (last - ring) % self.ring_size  # the newest that fell into each slot
             position += length
         mask = causal_mask(positions, key_positions, self.context)
-        cos, sin = rotation(positions, self.layers[0].attention.head_dim, self.max_period)
-        return Window(cos, sin, mask, slots)
+        mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill_(~mask, -math.inf)
+        turns = rotation(positions, self.layers[0].attention.head_dim, self.max_period)
+        return Window(turns, mask, slots)
 
     def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
         if state is not None and x.shape[1] > self.step:

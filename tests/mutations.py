@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # (what breaks, the text as it stands (once in the file), what it becomes)
 MIMI = [
-    ("rope turns the other way", "real * cos - imaginary * sin, real * sin + imaginary * cos",
-     "real * cos + imaginary * sin, imaginary * cos - real * sin"),
-    ("rope pairs the halves", "x.float().unflatten(-1, (-1, 2)).unbind(-1)", "x.float().chunk(2, -1)"),
+    ("rope turns the other way", "pairs * turns)", "pairs * turns.conj())"),
+    ("rope pairs the halves", "torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))",
+     "torch.complex(*x.float().chunk(2, -1))"),
     ("rope's angles", "-math.log(max_period) * 2 / head_dim", "-math.log(max_period) / head_dim"),
     ("window one too wide", "(age < context)", "(age <= context)"),
     ("window one too narrow", "(age < context)", "(age < context - 1)"),
@@ -138,8 +138,8 @@ MOSHI = [
 SHARED = [  # in mimi_min.py, but Moshi uses it otherwise: grouped queries, a ring without a spare slot
     ("query heads share keys otherwise", "grouped = self.num_kv_heads != self.num_heads",
      "k, v = (t.repeat(1, self.num_heads // self.num_kv_heads, 1, 1) for t in (k, v)); grouped = False"),
-    ("keys rotated, queries not", "q, k = rope(qk, window.cos, window.sin).split([self.num_heads, self.num_kv_heads], dim=1)",
-     "q, k = (rope(qk, window.cos, window.sin) if i else qk for i in (0, 1)); q = q[:, :self.num_heads]; "
+    ("keys rotated, queries not", "q, k = rope(qk, window.turns).split([self.num_heads, self.num_kv_heads], dim=1)",
+     "q, k = (rope(qk, window.turns) if i else qk for i in (0, 1)); q = q[:, :self.num_heads]; "
      "k = k[:, self.num_heads:]"),
     ("loading reads it all into memory", "file.get_tensor(name).to(dtype=dtype)", "file.get_tensor(name).clone().to(dtype=dtype)"),
     ("codebooks stacked in the wrong order", "for k in range(shape[0])]", "for k in reversed(range(shape[0]))]"),

@@ -111,10 +111,10 @@ def test_seanet(pair, device, name):
 def test_rope(device, start):
     """The angles and the pairs, also at positions that a day of talking reaches."""
     q, k = noise(2, 3, 9, 16, device=device), noise(2, 3, 9, 16, device=device)
-    cos, sin = mimi_min.rotation(torch.arange(start, start + 9, device=device), 16, 500.0)
+    turns = mimi_min.rotation(torch.arange(start, start + 9, device=device), 16, 500.0)
     expected = apply_rope(q, k, torch.tensor([start, start], device=device), 500.0)
     for mine, theirs in zip((q, k), expected):
-        close(mimi_min.rope(mine, cos, sin), theirs, 1e-6)
+        close(mimi_min.rope(mine, turns), theirs, 1e-6)
 
 
 @torch.no_grad()

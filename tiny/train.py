@@ -200,7 +200,7 @@ class Espeak:
 # ------------------------------------------------------------------------------------------------ stage: data
 
 
-def stage_data(work: Path, questions: int = 7000) -> None:
+def stage_data(work: Path, questions: int = 24000) -> None:
     """Speaks all sentences and saves them: work/speech.npz."""
     path = work / "speech.npz"
     if path.exists():
@@ -709,7 +709,7 @@ def make_tokenizer() -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
-def stage_lm(work: Path, steps: int = 1300, batch: int = 16) -> None:
+def stage_lm(work: Path, steps: int = 2400, batch: int = 16) -> None:
     """Trains Moshi on conversations: work/lm.pt, then the rest of the folder."""
     tokenizer = make_tokenizer()
     if (work / "encoded.pt").exists():
@@ -737,6 +737,8 @@ def stage_lm(work: Path, steps: int = 1300, batch: int = 16) -> None:
         # No single code may decide what was heard: of the user's, some are lost (the semantic ones seldom).
         lost = rng.random((batch, 8, FRAMES)) < np.array([0.05] + 7 * [0.15])[:, None]
         codes[:, 9:][torch.from_numpy(lost)] = NO_INPUT
+        # Nothing is heard in a tenth of the conversations: there only the text tells the voice what to say.
+        codes[torch.from_numpy(rng.random(batch) < 0.1), 9:] = NO_INPUT
         # Each sentence of Moshi is always the same sound, so its first codes give away the rest: the model
         # would follow its own voice instead of listening, and one wrong code would lead it astray. Hence its
         # voice is unknown in half of the conversations, and strewn with codes of other moments in a quarter.

@@ -1,0 +1,154 @@
+"""Checks an exercise of LESSONS.md: `python lessons/check.py LESSON`."""
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mimi_min import CausalConv1d, Mimi, MimiConfig, ResidualQuantizer, official_names  # noqa: E402
+from moshi_min import (MOSHI_NAMES, DepthDecoder, Moshi, MoshiConfig, delay, gated_width,  # noqa: E402
+                       sample)
+
+SMALL = {"dim": 32, "num_layers": 2, "num_heads": 4, "context": 10, "card": 40, "text_card": 50, "depformer_dim": 16,
+         "depformer_num_layers": 2, "depformer_num_heads": 2, "depformer_dim_feedforward": 48}
+
+
+def lesson_0(my):
+    assert my.first_word(torch.tensor([3, 3, 0, 17, 3])) == 3, "the word is in frame 3"
+    assert my.first_word(torch.tensor([9, 3, 17])) == 0, "a word may stand in the first frame"
+    assert my.first_word(torch.tensor([3, 0, 3])) is None, "PAD and EPAD are no words"
+
+
+def lesson_1(my):
+    assert my.bits_per_second(8, 2048, 12.5) == 1100, "Moshi's 8 codebooks cost 1.1 kbit/s"
+    assert my.bits_per_second(32, 2048, 12.5) == 4400, "all 32 cost 4.4 kbit/s"
+    assert my.bits_per_second(8, 256, 12.5) == 800, "the tiny one's entries are 8 bits"
+
+
+def lesson_2(my):
+    for kernel, c_in, c_out in ((1, 2, 3), (3, 1, 1), (7, 4, 2)):
+        conv = CausalConv1d(c_in, c_out, kernel, bias=False)
+        x = torch.randn(2, c_in, 19)
+        y = my.causal_conv(x, conv.conv.weight)
+        assert y.shape == (2, c_out, 19), "one output for each input"
+        assert torch.allclose(y, conv(x), atol=1e-5), f"a kernel of {kernel} gives other numbers"
+
+
+def lesson_3(my):
+    assert my.receptive_field([(7, 1)]) == 7 and my.receptive_field([(3, 1), (3, 1)]) == 5
+    mimi = Mimi(MimiConfig(filters=2, latent_dim=16, num_layers=1, num_heads=2, feedforward_dim=16, codebook_size=8,
+                           codebook_dim=4))
+    convs = [part for part in mimi.encoder.modules() if isinstance(part, CausalConv1d)]
+    x = torch.zeros(1, 1, 9600, requires_grad=True)
+    for part in mimi.parameters():
+        torch.nn.init.uniform_(part, 0.1, 1)  # all positive, so that nothing cancels
+    mimi.encoder(x)[0, :, -1].sum().backward()
+    measured = int((x.grad != 0).sum())
+    assert my.receptive_field([(conv.kernel, conv.stride) for conv in convs]) == measured, (
+        f"SEANet's last vector depends on {measured} samples")
+
+
+def lesson_4(my):
+    quantizer = ResidualQuantizer(MimiConfig(codebook_size=16, codebook_dim=6, latent_dim=16), 4)
+    z = torch.randn(1, 16, 11)
+    x = quantizer.input_proj(z)[0].T
+    codes = my.residual_quantize(x.detach(), [codebook.centroids for codebook in quantizer.codebooks])
+    assert torch.equal(codes, quantizer.encode(z, 4)[0]), "other codes than ResidualQuantizer's"
+
+
+def lesson_5(my):
+    assert my.slot_positions(2, 5).tolist() == [0, 1, 2, -1, -1], "slots 3 and 4 are still empty"
+    assert my.slot_positions(6, 5).tolist() == [5, 6, 2, 3, 4], "5 and 6 have overwritten 0 and 1"
+    for last in range(20):
+        ring = torch.full((7,), -1)
+        for position in range(last + 1):
+            ring[position % 7] = position
+        assert torch.equal(my.slot_positions(last, 7), ring), f"wrong at last = {last}"
+
+
+def lesson_6(my):
+    for dim, repeat in ((32, 1), (64, 2)):
+        config = MoshiConfig(**{**SMALL, "dim": dim, "kv_repeat": repeat})
+        with torch.device("meta"):
+            layers = Moshi(config).transformer
+        count = sum(weight.numel() for weight in layers.parameters())
+        hidden = gated_width(dim, int(config.hidden_scale * dim))
+        assert my.helium_parameters(dim, config.num_layers, hidden, repeat) == count, f"the model has {count}"
+    assert my.helium_parameters(4096, 32, 11264, 1) == 6_576_930_816, "the released one has 6,576,930,816"
+
+
+def lesson_7(my):
+    assert my.put_words([(2, [11])], 5).tolist() == [3, 0, 11, 3, 3]
+    assert my.put_words([(0, [11, 12]), (2, [13]), (5, [14])], 7).tolist() == [11, 12, 13, 3, 0, 14, 3], (
+        "no EPAD where a token stands, none before the first frame")
+    assert my.put_words([(3, [11, 12, 13])], 5).tolist() == [3, 3, 0, 11, 12], "what does not fit falls off"
+
+
+def lesson_8(my):
+    config = MoshiConfig(**SMALL)
+    decoder = DepthDecoder(config)
+    for weight in decoder.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    text, audio = torch.randint(50, (3,)), torch.randint(40, (8, 3))
+    expected = torch.stack([text, *audio[:-1]])
+    before = my.depth_inputs(text, audio)
+    hidden = torch.randn(3, 32)
+    assert before.shape == (8, 3), "one token before each of the 8 codebooks"
+    assert torch.equal(decoder(hidden, before), decoder(hidden, expected)), "the depth decoder reads other tokens"
+
+
+def lesson_9(my):
+    codes, initial = torch.arange(1, 16).view(3, 5), torch.tensor([90, 91, 92])
+    for delays in ([0, 0, 1], [2, 0, 1], [0, 0, 0], [4, 1, 3]):
+        expected = delay(codes[None], delays, initial)[0]
+        assert torch.equal(my.delayed(codes, delays, initial), expected), f"wrong for {delays}"
+
+
+def lesson_10(my):
+    logits = torch.randn(12) * 2
+    for temp, top_k in ((1.0, 12), (0.5, 4), (2.0, 2)):
+        torch.manual_seed(0)
+        drawn = sample(logits.expand(40000, -1), temp, top_k)
+        measured = torch.bincount(drawn, minlength=12) / 40000
+        given = my.top_k_probabilities(logits, temp, top_k)
+        assert torch.allclose(given.sum(), torch.tensor(1.0)), "probabilities add up to 1"
+        assert (given - measured).abs().max() < 0.015, f"40,000 draws at {temp}, {top_k} say {measured}"
+
+
+def lesson_11(my):
+    torch.manual_seed(0)
+    model, codes = Moshi(MoshiConfig(**SMALL)), torch.randint(40, (1, 17, 9))
+    codes[0, 0, :6] = torch.tensor([3, 0, 17, 3, -1, 21])
+    _, parts = model.loss(codes, text_padding_weight=0.3)
+    found = my.text_loss(model(codes).text_logits[0, 0], codes[0, 0], 0.3)
+    assert torch.allclose(found, parts["text"], atol=1e-5), f"Moshi.loss says {parts['text']:.4f}"
+
+
+def lesson_12(my):
+    with torch.device("meta"):
+        names = official_names(Moshi(MoshiConfig(**SMALL)), MOSHI_NAMES)
+    layers = {ours: theirs for ours, theirs in names.items() if ours.startswith("transformer.")}
+    for ours, theirs in layers.items():
+        assert my.official_name(ours) == theirs, f"{ours} is called {theirs}"
+
+
+def check(lesson: int, my) -> None:
+    """AssertionError with a hint unless the functions in `my` solve the exercise."""
+    torch.manual_seed(0)
+    globals()[f"lesson_{lesson}"](my)
+
+
+if __name__ == "__main__":
+    import exercises
+
+    if len(sys.argv) != 2 or sys.argv[1] not in map(str, range(13)):
+        sys.exit("which lesson? python lessons/check.py 3")
+    try:
+        check(int(sys.argv[1]), exercises)
+    except NotImplementedError:
+        sys.exit("not solved yet: write the function in lessons/exercises.py")
+    except AssertionError as error:
+        sys.exit(f"not yet: {error}")
+    print("right")

@@ -1,0 +1,71 @@
+"""The exercises of LESSONS.md. Fill one in, then say `python lessons/check.py 3` for that of lesson 3."""
+import torch  # noqa: F401  you will want it
+from torch import Tensor
+
+
+def first_word(text: Tensor) -> int | None:
+    """Lesson 0. The frame of the first word in a text stream [F], None if there is none. PAD is 3, EPAD is 0."""
+    raise NotImplementedError
+
+
+def bits_per_second(codebooks: int, size: int, frame_rate: float) -> float:
+    """Lesson 1. What codes cost: each frame has a code of each codebook, each codebook `size` entries."""
+    raise NotImplementedError
+
+
+def causal_conv(x: Tensor, weight: Tensor) -> Tensor:
+    """Lesson 2. x [B, C_in, T], weight [C_out, C_in, K] -> [B, C_out, T]: output t sees inputs t-K+1 .. t."""
+    raise NotImplementedError
+
+
+def receptive_field(layers: list[tuple[int, int]]) -> int:
+    """Lesson 3. How many samples one output of convolutions (kernel, stride) in a row depends on."""
+    raise NotImplementedError
+
+
+def residual_quantize(x: Tensor, codebooks: list[Tensor]) -> Tensor:
+    """Lesson 4. x [F, dim], codebooks [size, dim] each -> codes [K, F]: each quantizes what those before left."""
+    raise NotImplementedError
+
+
+def slot_positions(last: int, ring_size: int) -> Tensor:
+    """Lesson 5. The position in each slot of a ring once positions 0 .. last are written, -1 where it is empty."""
+    raise NotImplementedError
+
+
+def helium_parameters(dim: int, layers: int, hidden: int, kv_repeat: int) -> int:
+    """Lesson 6. Weights in Helium's layers: attention, SwiGLU of width `hidden` and two norms each; no biases."""
+    raise NotImplementedError
+
+
+def put_words(words: list[tuple[int, list[int]]], frames: int) -> Tensor:
+    """Lesson 7. [(frame where it starts, its tokens), ...] -> the text stream [frames]: a token a frame, EPAD (0)
+    in the frame before a word unless a token is there, PAD (3) elsewhere."""
+    raise NotImplementedError
+
+
+def depth_inputs(text: Tensor, audio: Tensor) -> Tensor:
+    """Lesson 8. text [N], audio [K, N] -> [K, N]: the token that the depth decoder reads before each codebook."""
+    raise NotImplementedError
+
+
+def delayed(codes: Tensor, delays: list[int], initial: Tensor) -> Tensor:
+    """Lesson 9. codes [K, F] -> the same shape, stream k shifted right by delays[k], initial[k] in the gap."""
+    raise NotImplementedError
+
+
+def top_k_probabilities(logits: Tensor, temp: float, top_k: int) -> Tensor:
+    """Lesson 10. logits [C] -> the probability with which `sample` draws each token."""
+    raise NotImplementedError
+
+
+def text_loss(logits: Tensor, targets: Tensor, padding_weight: float) -> Tensor:
+    """Lesson 11. logits [F, V], targets [F], -1 where unknown -> the weighted mean of the cross-entropies: PAD (3)
+    and EPAD (0) weigh `padding_weight`, words 1, unknown frames nothing."""
+    raise NotImplementedError
+
+
+def official_name(ours: str) -> str:
+    """Lesson 12. The name in an official file of one of our tensors of Helium's layers, for example of
+    'transformer.layers.3.attention.in_proj.weight' or 'transformer.layers.3.feed_forward.2.weight'."""
+    raise NotImplementedError

@@ -1,0 +1,113 @@
+"""Solutions of the exercises in lessons/exercises.py, and for each one that is wrong in one thing."""
+import re
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+
+def first_word(text):
+    places = ((text != 3) & (text != 0)).nonzero()
+    return int(places[0]) if len(places) else None
+
+
+def bits_per_second(codebooks, size, frame_rate):
+    return codebooks * (size - 1).bit_length() * frame_rate
+
+
+def causal_conv(x, weight):
+    return F.conv1d(F.pad(x, (weight.shape[-1] - 1, 0)), weight)
+
+
+def receptive_field(layers):
+    seen = 1
+    for kernel, stride in reversed(layers):
+        seen = (seen - 1) * stride + kernel
+    return seen
+
+
+def residual_quantize(x, codebooks):
+    codes = []
+    for centroids in codebooks:
+        codes.append(torch.cdist(x, centroids).argmin(dim=1))
+        x = x - centroids[codes[-1]]
+    return torch.stack(codes)
+
+
+def slot_positions(last, ring_size):
+    positions = last - (last - torch.arange(ring_size)) % ring_size
+    return positions.clamp(min=-1)
+
+
+def helium_parameters(dim, layers, hidden, kv_repeat):
+    attention = dim * dim * 2 + 2 * dim * dim // kv_repeat  # queries and output; keys and values
+    return layers * (attention + 3 * dim * hidden + 2 * dim)
+
+
+def put_words(words, frames):
+    text = torch.full((frames,), 3)
+    for start, tokens in words:
+        if start > 0 and start - 1 < frames and text[start - 1] == 3:
+            text[start - 1] = 0
+        for frame, token in enumerate(tokens, start):
+            if frame < frames:
+                text[frame] = token
+    return text
+
+
+def depth_inputs(text, audio):
+    return torch.cat([text[None], audio[:-1]])
+
+
+def delayed(codes, delays, initial):
+    out = initial[:, None].repeat(1, codes.shape[1])
+    for k, shift in enumerate(delays):
+        out[k, shift:] = codes[k, : codes.shape[1] - shift]
+    return out
+
+
+def top_k_probabilities(logits, temp, top_k):
+    probabilities = torch.softmax(logits / temp, dim=0)
+    kept = torch.zeros_like(probabilities)
+    best = probabilities.topk(top_k).indices
+    kept[best] = probabilities[best]
+    return kept / kept.sum()
+
+
+def text_loss(logits, targets, padding_weight):
+    known = targets != -1
+    weights = torch.where((targets == 3) | (targets == 0), padding_weight, 1.0)[known]
+    return (F.cross_entropy(logits[known], targets[known], reduction="none") * weights).sum() / weights.sum()
+
+
+def official_name(ours):
+    ours = re.sub(r"\.attention\.(in|out)_proj\.", r".self_attn.\1_projs.0.", ours)
+    return ours.replace(".feed_forward.0", ".gating.linear_in").replace(".feed_forward.2", ".gating.linear_out")
+
+
+def _without_epad(words, frames):
+    text = put_words(words, frames)
+    return torch.where(text == 0, 3, text)
+
+
+def _no_residual(x, codebooks):
+    return torch.stack([torch.cdist(x, centroids).argmin(dim=1) for centroids in codebooks])
+
+
+WRONG = {lesson: SimpleNamespace(**function) for lesson, function in {
+    0: {"first_word": lambda text: int((text != 3).nonzero()[0]) if (text != 3).any() else None},  # EPAD a word
+    1: {"bits_per_second": lambda codebooks, size, frame_rate: codebooks * frame_rate * 11},
+    2: {"causal_conv": lambda x, weight: F.conv1d(F.pad(x, (weight.shape[-1] // 2,) * 2), weight)[..., : x.shape[-1]]},
+    3: {"receptive_field": lambda layers: 1 + sum(kernel - 1 for kernel, _ in layers)},  # strides forgotten
+    4: {"residual_quantize": _no_residual},
+    5: {"slot_positions": lambda last, ring_size: last - (last - torch.arange(ring_size)) % ring_size},
+    6: {"helium_parameters": lambda dim, layers, hidden, kv_repeat: layers * (
+        4 * dim * dim + 3 * dim * hidden + 2 * dim)},  # keys and values are fewer
+    7: {"put_words": _without_epad},
+    8: {"depth_inputs": lambda text, audio: audio},  # each codebook would read itself
+    9: {"delayed": lambda codes, delays, initial: torch.stack(
+        [codes[k].roll(shift) for k, shift in enumerate(delays)])},
+    10: {"top_k_probabilities": lambda logits, temp, top_k: torch.softmax(logits * temp, dim=0)},
+    11: {"text_loss": lambda logits, targets, weight: F.cross_entropy(logits, targets, ignore_index=-1)},
+    12: {"official_name": lambda ours: ours.replace("attention", "self_attn")},
+}.items()}
