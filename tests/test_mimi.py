@@ -5,6 +5,7 @@ transformer tests RoPE, window, ring and scales; the quantizer tests the centroi
 """
 import copy
 import json
+import math
 import pickle
 
 import pytest
@@ -174,7 +175,7 @@ def test_ring_of_fixed_size(pair, device, monkeypatch):
     for memory in state.values():
         for tensor in memory.values():
             tensor.zero_()
-    assert ours.window(x[:, :1], state).mask.tolist() == [[True] + [False] * (ours.ring_size - 1)]
+    assert ours.window(x[:, :1], state).mask.tolist() == [[0.0] + [-math.inf] * (ours.ring_size - 1)]
 
 
 @torch.no_grad()
