@@ -14,11 +14,11 @@ from lab import EPAD, PAD, ROOT, decibels, read_wav, recording, tiny
 def draw(path: Path = HERE / "grid.svg") -> None:
     """Runs the program on the counting conversation and draws what it saved."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, str(ROOT / "generate.py"), str(ROOT / "tiny" / "count.wav"), "--extra-seconds", "1",
+        subprocess.run([sys.executable, str(ROOT / "generate.py"), str(ROOT / "tiny" / "count.wav"), "--extra-seconds", "3",
                         "-o", f"{folder}/a.wav", "--tokens", f"{folder}/run.npz"], check=True, capture_output=True)
         codes = np.load(f"{folder}/run.npz")["codes"]
         voice, _ = read_wav(Path(folder) / "a.wav")
-    loud = [(decibels(sound) > -45).numpy() for sound in (voice, recording("count.wav", 1))]
+    loud = [(decibels(sound) > -45).numpy() for sound in (voice, recording("count.wav", 3))]
     tokenizer = tiny().tokenizer
     silence = [np.bincount(row[row >= 0]).argmax() for row in codes]  # the commonest code of a stream is its silence
     names = (["text"] + ["Moshi: semantic"] + [f"acoustic {k}" for k in range(1, 8)]

@@ -1,13 +1,13 @@
 """Makes the checkpoint in this folder, from nothing: `python tiny/train.py [STAGE] [--work FOLDER]`.
 
 A small Moshi in one fixed voice: it adds, subtracts, counts until it is told to stop, and greets.
-Stages, each of which can be run alone and goes on where it was interrupted:
+Stages, each of which can be run alone. Those that train lose at most 200 steps when interrupted:
 
     data    espeak-ng speaks: thousands of questions in many voices, all of Moshi's sentences in one
     codec   a narrow Mimi learns to code them: spectral loss, straight-through gradient, moving-average
             codebooks, quantizer dropout; its first codebook learns to tell the phones, as the real one
             learns from WavLM
-    voice   the codec's decoder alone goes on with Moshi's voice, from the same codes
+    voice   what turns codes into sound goes on, mostly with Moshi's voice; the codes stay what they are
     lm      a narrow Moshi learns conversations, put together from encoded sentences, with `Moshi.loss`
     eval    talks with the finished folder about what training never drew, and prints a table
 
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
 
-from mimi_min import Mimi, MimiConfig, init_state, load_mimi, save_mimi  # noqa: E402
+from mimi_min import Mimi, MimiConfig, init_state, load_mimi, save_mimi, whole_file  # noqa: E402
 from moshi_min import (MIMI_FILE, MOSHI_FILE, NO_INPUT, TOKENIZER_FILE, Moshi, MoshiConfig,  # noqa: E402
                        MoshiGen, load_checkpoint, save_moshi)
 
@@ -158,7 +158,8 @@ class Espeak:
             self.library = ctypes.CDLL("libespeak-ng.so.1")
         except OSError:
             raise SystemExit("espeak-ng is missing; install it: apt-get install espeak-ng") from None
-        self.rate = self.library.espeak_Initialize(2, 0, None, 1)  # synchronous, events for phones too
+        # Synchronous (2); events for phones too (1), and no exit() of the whole program (0x8000).
+        self.rate = self.library.espeak_Initialize(2, 0, None, 0x8001)
         if self.rate <= 0:
             raise SystemExit("espeak-ng does not start; are its voices there? apt-get install espeak-ng")
         callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int,
@@ -168,19 +169,22 @@ class Espeak:
 
     def collect(self, samples, count: int, events) -> int:
         """Called by the library with pieces of sound and what begins in them, up to an event of type 0."""
-        if count > 0:
-            self.sound.append(np.ctypeslib.as_array(samples, (count,)).copy())
-        i = 0
-        while events[i].type:
-            if events[i].type == 7 or events[i].type == 1 and events[i].length:  # a phone, a word of the text
-                starts = self.words if events[i].type == 1 else self.phones
-                starts.append((events[i].sample / self.rate, events[i].name.decode("utf-8", "replace")))
-            i += 1
-        return 0
+        try:
+            if count > 0:
+                self.sound.append(np.ctypeslib.as_array(samples, (count,)).copy())
+            i = 0
+            while events[i].type:
+                if events[i].type == 7 or events[i].type == 1 and events[i].length:  # a phone, a word
+                    starts = self.words if events[i].type == 1 else self.phones
+                    starts.append((events[i].sample / self.rate, events[i].name.decode("utf-8", "replace")))
+                i += 1
+        except BaseException as error:  # a Ctrl-C lands here, and ctypes would print it and go on
+            self.error = error
+        return int(self.error is not None)  # 1: speak no further
 
     def say(self, text: str, voice: str, speed: int, pitch: int) -> tuple[np.ndarray, list[float], list]:
         """Sound [T] int16 at 24 kHz, its end cut; starts of words [s]; [(start [s], phone), ...]."""
-        self.sound, self.words, self.phones = [], [], []
+        self.sound, self.words, self.phones, self.error = [], [], [], None
         if self.library.espeak_SetVoiceByName(voice.encode()):
             raise SystemExit(f"espeak-ng does not know the voice {voice}")
         for parameter, value in ((1, speed), (3, pitch), (4, 50)):  # rate, pitch, range
@@ -188,6 +192,8 @@ class Espeak:
         data = text.encode() + b"\0"
         self.library.espeak_Synth(data, len(data), 0, 1, 0, 1, None, None)
         self.library.espeak_Synchronize()
+        if self.error is not None:
+            raise self.error
         x = np.concatenate(self.sound).astype(np.float64)
         up, down = RATE // math.gcd(RATE, self.rate), self.rate // math.gcd(RATE, self.rate)
         x = np.pad(x, (0, down + -len(x) % down))
@@ -206,6 +212,7 @@ def stage_data(work: Path, questions: int = 24000) -> None:
     if path.exists():
         return print(f"data: {path} is there")
     espeak, turns, rng = Espeak(), all_turns(), random_numbers(1)
+    forget(work, "codec.pt", "voice.pt", "encoded.pt", "lm.pt")  # made from other data
     make_recordings(espeak)
     trained = {kind: [turn.question for turn in those if not turn.held_out] for kind, those in turns.items()}
     kinds = list(trained)
@@ -228,11 +235,12 @@ def stage_data(work: Path, questions: int = 24000) -> None:
         for _, name in labels:
             if name not in names and not name.startswith("_"):
                 names.append(name)
-        phones.append([(start, max(0, names.index(name) if name in names else 0)) for start, name in labels])
+        phones.append([(start, names.index(name) if name in names else 0) for start, name in labels])
         progress("data", i + 1, len(jobs))
-    np.savez(
-        path, sound=np.concatenate(sounds), ends=np.cumsum([len(sound) for sound in sounds]), own=own,
-        jobs=json.dumps(jobs), words=json.dumps(words), phones=json.dumps(phones), names=json.dumps(names))
+    with whole_file(path) as file:
+        np.savez(file, sound=np.concatenate(sounds), ends=np.cumsum(list(map(len, sounds))), own=own,
+                 jobs=json.dumps(jobs), words=json.dumps(words), phones=json.dumps(phones),
+                 names=json.dumps(names))
     hours = sum(map(len, sounds)) / RATE / 3600
     print(f"data: {own} sentences of Moshi, {questions} of users, {hours:.1f} h, "
           f"{len(names)} phones -> {path}")
@@ -267,7 +275,7 @@ class Speech:
     """What `stage_data` saved."""
 
     def __init__(self, work: Path):
-        file = np.load(work / "speech.npz")
+        file = np.load(needed(work / "speech.npz", "data"))
         self.sound, self.ends, self.own = file["sound"], file["ends"], int(file["own"])
         self.jobs, self.words, self.names = (json.loads(str(file[key])) for key in ("jobs", "words", "names"))
         phones = json.loads(str(file["phones"]))
@@ -300,10 +308,11 @@ _started: dict[str, tuple[float, int]] = {}
 def progress(what: str, done: int, total: int, more: str = "", every: float = 20) -> None:
     """A line on standard error now and then: how far it is and how long it will take."""
     now = time.monotonic()
-    started, first, shown = _started.get(what, (now, done - 1, 0.0))
+    started, first, shown = _started.get(what, (now, done, 0.0))
     if now - shown > every or done == total:
-        left = (now - started) / max(1, done - first) * (total - done)
-        print(f"{what}: {done} of {total}{more}, {left / 60:.1f} min left", file=sys.stderr, flush=True)
+        left = (now - started) / 60 * (total - done) / max(1, done - first)
+        more += f", {left:.1f} min left" if done > first else ""
+        print(f"{what}: {done} of {total}{more}", file=sys.stderr, flush=True)
         shown = now
     _started[what] = (started, first, shown)
 
@@ -478,13 +487,11 @@ def stage_codec(work: Path, steps: int = 3600, batch: int = 8, phone_weight: flo
     phone_heads = nn.Linear(MIMI["quantizer"]["dimension"], 2 * len(speech.names)).to(DEVICE)
     spectral = SpectralLoss().to(DEVICE)
     parameters = [*mimi.parameters(), *phone_heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3)
-    path, first, history, unquantized = work / "codec.pt", 0, [], 200
-    if path.exists():
-        saved = torch.load(path, map_location=DEVICE)
-        for part, key in ((mimi, "mimi"), (phone_heads, "heads"), (optimizer, "optimizer")):
-            part.load_state_dict(saved[key])
-        first, history = saved["step"], saved["history"]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=1e-3)
+    path, unquantized = work / "codec.pt", 200
+    first, history = resume(path, mimi=mimi, heads=phone_heads, optimizer=optimizer)
+    if not first:
+        forget(work, "voice.pt", "encoded.pt", "lm.pt")  # made with another codec
     for step in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = 1.2e-3 * schedule(step, steps, warmup=40)
@@ -517,24 +524,21 @@ def stage_codec(work: Path, steps: int = 3600, batch: int = 8, phone_weight: flo
     for codebook in [*mimi.quantizer.semantic.codebooks, *mimi.quantizer.acoustic.codebooks]:
         codebook.embedding_sum.copy_(codebook.centroids)  # the sums and counts have served
         codebook.cluster_usage.fill_(1)
-    write_mimi(mimi)
+    write_mimi(mimi, work / MIMI_FILE)  # the folder's comes from the stage `voice`
     (FOLDER / "mimi_config.json").write_text(json.dumps(MIMI, indent=1) + "\n")
     write_curve(FOLDER / "codec_loss.tsv", CODEC_LOSSES, history)
+    print(f"codec: {path} is at step {steps} -> {work / MIMI_FILE}")
 
 
 def stage_voice(work: Path, steps: int = 500, batch: int = 8) -> None:
-    """The decoder goes on with Moshi's one voice, while all that makes the codes stays: work/voice.pt."""
-    speech, spectral, path, first, history = Speech(work), SpectralLoss().to(DEVICE), work / "voice.pt", 0, []
-    mimi = load_mimi(FOLDER / MIMI_FILE, MimiConfig.from_dict(MIMI), 8, DEVICE)
+    """The decoder goes on, mostly with Moshi's voice, while all that makes the codes stays: work/voice.pt."""
+    speech, spectral, path = Speech(work), SpectralLoss().to(DEVICE), work / "voice.pt"
+    mimi = load_mimi(needed(work / MIMI_FILE, "codec"), MimiConfig.from_dict(MIMI), 8, DEVICE)
     decoding = (mimi.upsample, mimi.decoder_transformer, mimi.decoder, mimi.quantizer.semantic.output_proj,
                 mimi.quantizer.acoustic.output_proj)
     parameters = [parameter for part in decoding for parameter in part.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=0, betas=(0.9, 0.99), weight_decay=1e-3)
-    if path.exists():
-        saved = torch.load(path, map_location=DEVICE)
-        mimi.load_state_dict(saved["mimi"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first, history = saved["step"], saved["history"]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=1e-3)
+    first, history = resume(path, mimi=mimi, optimizer=optimizer)
     for step in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = 5e-4 * schedule(step, steps, warmup=40)
@@ -551,24 +555,47 @@ def stage_voice(work: Path, steps: int = 500, batch: int = 8) -> None:
             progress("voice", step + 1, steps, f", spectral {loss.item():.4f}")
         if (step + 1) % 200 == 0 or step + 1 == steps:
             save_progress(path, mimi=mimi, optimizer=optimizer, step=step + 1, history=history)
-    write_mimi(mimi)
+    write_mimi(mimi, FOLDER / MIMI_FILE)
     write_curve(FOLDER / "voice_loss.tsv", ("spectral",), history)
+    print(f"voice: {path} is at step {steps} -> {FOLDER / MIMI_FILE}")
 
 
-def write_mimi(mimi: Mimi) -> None:
-    """The folder's Mimi file: weights in 16 bits, codebooks in 32, since codes hang on small differences."""
+def write_mimi(mimi: Mimi, path: Path) -> None:
+    """A Mimi file: weights in 16 bits, codebooks in 32, since codes hang on small differences."""
     mimi = copy.deepcopy(mimi).cpu()
     for parameter in mimi.parameters():
         parameter.data = parameter.data.half()
-    save_mimi(mimi, FOLDER / MIMI_FILE)
+    save_mimi(mimi, path)
 
 
 def save_progress(path: Path, **what) -> None:
     """Keeps what a stage needs to go on: state dicts of modules and optimizers, the step, the curve."""
-    temporary = path.with_suffix(".new")
-    torch.save({key: thing.state_dict() if hasattr(thing, "state_dict") else thing
-                for key, thing in what.items()}, temporary)
-    temporary.replace(path)
+    with whole_file(path) as file:
+        torch.save({key: thing.state_dict() if hasattr(thing, "state_dict") else thing
+                    for key, thing in what.items()}, file)
+
+
+def forget(work: Path, *names: str) -> None:
+    """Removes work files that what is made now will make invalid."""
+    for name in names:
+        (work / name).unlink(missing_ok=True)
+
+
+def needed(path: Path, stage: str) -> Path:
+    """The path, if an earlier stage has made it."""
+    if not path.exists():
+        raise SystemExit(f"{path} is missing; first run: python tiny/train.py {stage}")
+    return path
+
+
+def resume(path: Path, **parts) -> tuple[int, list[list]]:
+    """Puts back what `save_progress` kept, if it did: the step to go on with, and the curve so far."""
+    if not path.exists():
+        return 0, []
+    saved = torch.load(path, map_location="cpu")
+    for key, part in parts.items():
+        part.load_state_dict(saved[key])
+    return saved["step"], saved["history"]
 
 
 def write_curve(path: Path, names: tuple[str, ...], history: list[list]) -> None:
@@ -593,24 +620,35 @@ class Encoded:
     """All utterances as codes, and what a conversation is put together from."""
 
     def __init__(self, speech: Speech, tokenizer: sentencepiece.SentencePieceProcessor):
-        self.own: dict[str, tuple] = {}  # sentence -> (codes [8, F], its frames, [(frame, token), ...])
         codes, self.silence = encode_all(speech)
         self.users: dict[str, list] = {}  # question -> [(codes [8, F], frames of it with speech), ...]
+        # Moshi's words: (the word before, the word, is it the last?) -> [(codes [8, F], frames, tokens), ...]
+        self.words: dict[tuple[str, str, bool], list] = {}
         for i, (text, *_) in enumerate(speech.jobs):
             if i >= speech.own:
                 self.users.setdefault(text, []).append(codes[i])
             else:
-                tokens = [tokenizer.encode(word) for word in text.split()]
-                starts = [int(start * RATE / FRAME) for start in speech.words[i]]
-                assert len(tokens) == len(starts), f"espeak-ng says {text!r} in {len(starts)} words"
-                self.own[text] = (*codes[i], [(s, token) for s, those in zip(starts, tokens)
-                                              for s, token in enumerate(those, s)])
+                self.cut(text.split(), *codes[i], speech.words[i], tokenizer)
+
+    def cut(self, words: list[str], codes: np.ndarray, length: int, starts: list[float], tokenizer) -> None:
+        """Cuts a sentence of Moshi into its words, each from the frame where it starts to the next one's."""
+        assert len(words) == len(starts), f"espeak-ng says {' '.join(words)!r} in {len(starts)} words"
+        frames = [0, *(int(start * RATE / FRAME) for start in starts[1:]), codes.shape[1]]
+        for n, key in enumerate(word_keys(words)):
+            piece, is_last = codes[:, frames[n] : frames[n + 1]], key[2]
+            frames_with_sound = (length if is_last else frames[n + 1]) - frames[n]
+            self.words.setdefault(key, []).append((piece, frames_with_sound, tokenizer.encode(words[n])))
+
+
+def word_keys(words: list[str]) -> list[tuple[str, str, bool]]:
+    """(the word before, the word, is it the last?) for each word of a sentence."""
+    return [(before, word, n == len(words)) for n, (before, word) in enumerate(zip(["", *words], words), 1)]
 
 
 @torch.no_grad()
 def encode_all(speech: Speech, batch: int = 32) -> tuple[list[tuple[np.ndarray, int]], np.ndarray]:
     """[(codes [8, F], frames until the speech ends), ...] of all utterances, and the codes [8] of silence."""
-    mimi = load_mimi(FOLDER / MIMI_FILE, MimiConfig.from_dict(MIMI), 8, DEVICE)
+    mimi = load_mimi(needed(FOLDER / MIMI_FILE, "voice"), MimiConfig.from_dict(MIMI), 8, DEVICE)
     rng, result = random_numbers(5), [None] * len(speech)
     order = sorted(range(len(speech)), key=lambda i: len(speech[i]))
     for start in range(0, len(order), batch):
@@ -642,15 +680,20 @@ def conversation(encoded: Encoded, turns: dict[str, list[Turn]], rng: np.random.
         stream[:, at : at + codes.shape[1]] = codes[:, : max(0, FRAMES - at)]
 
     def speak(sentence: str, at: int) -> int:
-        """Moshi says it; returns the frame where its sound ends."""
-        codes, length, tokens = encoded.own[sentence]
-        put(moshi, codes, at)
-        for frame, token in tokens:
-            if at + frame < FRAMES:
-                text[at + frame] = token
-                if text[at + frame - 1] == PAD:
-                    text[at + frame - 1] = EPAD
-        return at + length
+        """Moshi says it; returns the frame where its sound ends.
+
+        Each word is taken from any of the sentences that have it after the same word, and as the last or not.
+        Whole sentences would always be the same codes, and the sound of the first word would give away how
+        the sentence ends: the model would follow its own voice instead of listening.
+        """
+        for key in word_keys(sentence.split()):
+            codes, length, tokens = pick(rng, encoded.words[key])
+            put(moshi, codes, at)
+            if at < FRAMES and text[at - 1] == PAD:
+                text[at - 1] = EPAD
+            text[at : at + len(tokens)] = tokens[: max(0, FRAMES - at)]
+            at += length
+        return at
 
     def ask(question: str, at: int) -> int:
         codes, length = pick(rng, encoded.users[question])
@@ -709,26 +752,26 @@ def make_tokenizer() -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
+LM_LOSSES = ("text", "audio")
+
+
 def stage_lm(work: Path, steps: int = 2400, batch: int = 16) -> None:
     """Trains Moshi on conversations: work/lm.pt, then the rest of the folder."""
-    tokenizer = make_tokenizer()
     if (work / "encoded.pt").exists():
-        encoded = torch.load(work / "encoded.pt", weights_only=False)
+        encoded, tokenizer = torch.load(work / "encoded.pt", weights_only=False), make_tokenizer()
     else:
-        encoded = Encoded(Speech(work), tokenizer)
-        torch.save(encoded, work / "encoded.pt")
+        speech, tokenizer = Speech(work), make_tokenizer()
+        encoded = Encoded(speech, tokenizer)
+        with whole_file(work / "encoded.pt") as file:
+            torch.save(encoded, file)
     turns = {kind: [turn for turn in those if turn.question in encoded.users]
              for kind, those in all_turns().items()}
     torch.manual_seed(6)
     config = {**MOSHI, "text_card": tokenizer.vocab_size()}
     moshi = Moshi(MoshiConfig.from_dict(config)).to(DEVICE)
-    optimizer = torch.optim.AdamW(moshi.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
-    path, first, history = work / "lm.pt", 0, []
-    if path.exists():
-        saved = torch.load(path, map_location=DEVICE)
-        moshi.load_state_dict(saved["moshi"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first, history = saved["step"], saved["history"]
+    optimizer = torch.optim.AdamW(moshi.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
+    path = work / "lm.pt"
+    first, history = resume(path, moshi=moshi, optimizer=optimizer)
     for step in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = 1.2e-3 * schedule(step, steps, warmup=100)
@@ -739,14 +782,14 @@ def stage_lm(work: Path, steps: int = 2400, batch: int = 16) -> None:
         codes[:, 9:][torch.from_numpy(lost)] = NO_INPUT
         # Nothing is heard in a tenth of the conversations: there only the text tells the voice what to say.
         codes[torch.from_numpy(rng.random(batch) < 0.1), 9:] = NO_INPUT
-        # Each sentence of Moshi is always the same sound, so its first codes give away the rest: the model
-        # would follow its own voice instead of listening, and one wrong code would lead it astray. Hence its
-        # voice is unknown in half of the conversations, and strewn with codes of other moments in a quarter.
-        voice, kind = codes[:, 1:9], rng.random(batch)
-        strewn = (rng.random(voice.shape) < 0.1) & (kind < 0.75)[:, None, None]
+        # Its own codes won't always be those of the training either, and one wrong code must not lead it
+        # astray. Hence its voice is unknown in a fifth of the conversations, and strewn with codes of other
+        # moments in another fifth.
+        voice, share = codes[:, 1:9], rng.random(batch)
+        strewn = (rng.random(voice.shape) < 0.1) & (share < 0.4)[:, None, None]
         others = voice.roll((1, int(rng.integers(1, FRAMES))), (0, 2))
         codes[:, 1:9] = torch.where(torch.from_numpy(strewn), others, voice)
-        codes[torch.from_numpy(kind < 0.5), 1:9] = NO_INPUT
+        codes[torch.from_numpy(share < 0.2), 1:9] = NO_INPUT
         loss, parts = moshi.loss(codes.to(DEVICE), text_padding_weight=0.3, first_codebook_weight=10.0)
         optimizer.zero_grad()
         loss.backward()
@@ -757,7 +800,7 @@ def stage_lm(work: Path, steps: int = 2400, batch: int = 16) -> None:
             progress("lm", step + 1, steps, "".join(f", {k} {v}" for k, v in zip(LM_LOSSES, history[-1][1:])))
         if (step + 1) % 200 == 0 or step + 1 == steps:
             save_progress(path, moshi=moshi, optimizer=optimizer, step=step + 1, history=history)
-            save_moshi(copy.deepcopy(moshi).half().cpu(), FOLDER / MOSHI_FILE)
+    save_moshi(copy.deepcopy(moshi).half().cpu(), FOLDER / MOSHI_FILE)
     config.update({
         "model_type": "moshi", "moshi_name": MOSHI_FILE, "mimi_name": MIMI_FILE,
         "mimi_config_name": "mimi_config.json", "tokenizer_name": TOKENIZER_FILE,
@@ -765,9 +808,7 @@ def stage_lm(work: Path, steps: int = 2400, batch: int = 16) -> None:
         "stt_config": {"audio_silence_prefix_seconds": 0.0, "audio_delay_seconds": 3.0}})
     (FOLDER / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     write_curve(FOLDER / "lm_loss.tsv", LM_LOSSES, history)
-
-
-LM_LOSSES = ("text", "audio")
+    print(f"lm: {path} is at step {steps} -> {FOLDER / MOSHI_FILE}")
 
 
 # ------------------------------------------------------------------------------------------------ stage: eval
@@ -809,12 +850,13 @@ def examination(espeak: Espeak, rng: np.random.Generator, turns: int = 3) -> tup
             finish += len(espeak.say(turn.answer, MOSHI_VOICE, MOSHI_SPEED, MOSHI_PITCH)[0])
         at = finish + int(rng.uniform(0.9, 2.5) * RATE)
         asked[-1].until = at
-    return sound[: at + FRAME], asked
+    return sound[: at + 2 * RATE], asked
 
 
 @torch.no_grad()
 def talk(sounds: list[np.ndarray], greedy: bool) -> tuple[np.ndarray, np.ndarray]:
     """The finished folder listens to all at once, by the frame: text [B, F], Moshi's sound [B, F * 1920]."""
+    torch.manual_seed(11)
     moshi, mimi, _, config = load_checkpoint(FOLDER, DEVICE)
     settings = config["lm_gen_config"]
     gen = MoshiGen(moshi, len(sounds), settings["temp"], settings["temp_text"], settings["top_k"],
@@ -889,11 +931,16 @@ def is_right(asked: Asked, words: list[str], last: int | None) -> bool:
         return " ".join(words) == asked.turn.answer
     numbers = " ".join(NUMBERS[asked.turn.count_from :]) + " "
     in_order = bool(words) and numbers.startswith(" ".join(words) + " ")
-    return in_order and (words[-1] == "thirty" or asked.stop - last * FRAME < 1.5 * COUNT_EVERY * FRAME)
+    if not in_order:
+        return False
+    early = asked.stop - last * FRAME  # from the last number's start to the end of 'stop', in samples
+    return early > -0.7 * RATE and (words[-1] == "thirty" or early < 1.5 * COUNT_EVERY * FRAME)
 
 
 def stage_eval(work: Path, conversations: int = 200) -> None:
     """Talks with the folder and prints what came of it, as a table in Markdown."""
+    for name, stage in ((MIMI_FILE, "voice"), (MOSHI_FILE, "lm"), ("config.json", "lm")):
+        needed(FOLDER / name, stage)
     espeak, rng, recogniser = Espeak(), random_numbers(8), Recogniser(work)
     exams = [examination(espeak, rng) for _ in range(conversations)]
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(FOLDER / TOKENIZER_FILE))
@@ -930,9 +977,11 @@ def stage_eval(work: Path, conversations: int = 200) -> None:
                     answers += 1
                     in_time += bool(len(loud)) and 0.1 <= loud[0] / 100 + FRAME / RATE <= 0.8
                 if asked.stop is not None:
+                    if not (decibels(sound[asked.stop - RATE : asked.stop], block) > -45).any():
+                        continue  # it wasn't speaking
                     stops += 1
                     after = decibels(sound[asked.stop : asked.stop + 2 * RATE], block) > -45
-                    quiet = [t for t in range(150) if not after[t : t + 50].any()]
+                    quiet = [t for t in range(len(after) - 49) if not after[t : t + 50].any()]
                     stopped += bool(quiet) and quiet[0] / 100 + FRAME / RATE <= 0.7
                 elif asked.turn.answer and good:
                     expected = asked.turn.answer.split()
@@ -945,11 +994,12 @@ def stage_eval(work: Path, conversations: int = 200) -> None:
         for kind in right:
             row(f"... {kind}, {how}", right[kind], total[kind], "")
         if greedy:
-            row("words of espeak-ng itself that the recogniser hears", original, words_in_all, "")
-            row("words of the answer's sound, of those", heard, original, "95 %")
+            row("words of right answers that the recogniser hears when espeak-ng says them", original,
+                words_in_all, "")
+            row("... when Moshi says them, of those", heard, original, "95 %")
             for number, counts in codec_alone(espeak, recogniser).items():
                 goal = "97 %" if number == 8 else ""
-                row(f"... through the codec alone, {number} of its codebooks", *counts, goal)
+                row(f"... all sentences, through the codec alone, {number} codebooks", *counts, goal)
             row("silent within 0.7 s of the end of 'stop'", stopped, stops, "95 %")
             row("frames of the user's questions in which Moshi speaks", spoken_frames, question_frames,
                 "under 2 %")
@@ -1023,8 +1073,12 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_flush_denormal(True)  # gradients of silence are tiny numbers, which CPUs are slow at
-    for name in STAGES if args.stage == "all" else [args.stage]:
-        STAGES[name](args.work)
+    torch.backends.cudnn.allow_tf32 = False  # it can change codes, see load_mimi
+    try:
+        for name in STAGES if args.stage == "all" else [args.stage]:
+            STAGES[name](args.work)
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command goes on") from None
 
 
 if __name__ == "__main__":
