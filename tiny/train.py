@@ -530,7 +530,7 @@ def stage_codec(work: Path, steps: int = 3600, batch: int = 8, phone_weight: flo
     print(f"codec: {path} is at step {steps} -> {work / MIMI_FILE}")
 
 
-def stage_voice(work: Path, steps: int = 500, batch: int = 8) -> None:
+def stage_voice(work: Path, steps: int = 1000, batch: int = 8) -> None:
     """The decoder goes on, mostly with Moshi's voice, while all that makes the codes stays: work/voice.pt."""
     speech, spectral, path = Speech(work), SpectralLoss().to(DEVICE), work / "voice.pt"
     mimi = load_mimi(needed(work / MIMI_FILE, "codec"), MimiConfig.from_dict(MIMI), 8, DEVICE)
