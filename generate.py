@@ -156,6 +156,10 @@ class Screen:
             text = bytes.fromhex(piece[3:5]) if is_byte else piece.replace("▁", " ").encode()
             show(self.utf8.decode(text), self.stream)
 
+    def end(self) -> None:
+        """Ends the line, after what came of a last character, if it is cut off."""
+        show(self.utf8.decode(b"", True) + "\n", self.stream)
+
     def frame_done(self, seconds: float) -> None:
         """Counts a frame and the work it took. A terminal shows each, a file one every five seconds."""
         self.frames, self.busy = self.frames + 1, self.busy + seconds
@@ -297,7 +301,7 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.nullcontext(sys.stdout.buffer) if raw else whole_file(args.output) as file:
         writer = SoundWriter(file, args.stereo, rate, raw)
         codes, interrupted = converse(mimi, gen, frames, screen, writer)
-        show(screen.utf8.decode(b"", True) + "\n", screen.stream)  # what came of a last character, if cut off
+        screen.end()
         if not screen.frames:
             raise KeyboardInterrupt if interrupted else Problem("no sound on standard input; check the pipe")
         writer.finish()

@@ -147,8 +147,9 @@ SHARED = [  # in mimi_min.py, but Moshi uses it otherwise: grouped queries, a ri
 
 GENERATE = [
     ("the first frame goes in once", "if not heard:", "if False:"),
-    ("a last character is lost", 'show(screen.utf8.decode(b"", True) + "\\n", screen.stream)',
-     'show("\\n", screen.stream)'),
+    ("a last character is lost", 'show(self.utf8.decode(b"", True) + "\\n", self.stream)',
+     'show("\\n", self.stream)'),
+    ("the last line does not end", "        screen.end()\n", ""),
     ("stereo a frame early", "moshi, self.late = torch.stack([user, before]), moshi",
      "moshi = torch.stack([user, torch.zeros_like(user) if moshi is None else moshi])"),
     ("aligned one frame late", "for f, tokens in zip(range(len(heard)),", "for f, tokens in zip(range(1, len(heard)),"),

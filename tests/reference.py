@@ -87,7 +87,7 @@ LM = {
     # Grouped queries in the temporal transformer alone; delays of every kind, the text's among them.
     "uneven": lm_config(kv_repeat=2, depformer_kv_repeat=1, delays=[1, 0, 3, 2, 0, 4, 2]),
     # As many of Moshi's codebooks as there are: no user at all; the depth feed-forward from hidden_scale.
-    "all_own": lm_config(n_q=4, dep_q=4, delays=[0, 2, 1, 3, 0], depformer_context=4,
+    "all_own": lm_config(n_q=4, dep_q=4, delays=[0, 2, 1, 3, 0], depformer_context=4, hidden_scale=3.5,
                          depformer_dim_feedforward="absent"),
     # dep_q is not half of n_q.
     "more_own": lm_config(n_q=7, dep_q=5, delays=[2, 0, 1, 1, 1, 1, 0, 1], depformer_context=5, context=9),

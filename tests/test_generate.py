@@ -281,6 +281,7 @@ def test_same_as_the_official_package(how, call, checkpoint, tmp_path, question)
     assert answer.std() > 300, "the answer is silent"
     said = [t for t in tokens[0].tolist() if t not in (0, 3)]
     assert said, "nothing was said"
+    assert out.endswith("\n")
     pieces = [tokenizer.id_to_piece(t) for t in said]
     plain = b"".join(bytes([int(p[3:5], 16)]) if p.startswith("<0x") else p.replace("▁", " ").encode() for p in pieces)
     assert out.rstrip("\n") == io.TextIOWrapper(io.BytesIO(plain), "utf-8", "replace", newline="").read().rstrip("\n")
@@ -368,9 +369,11 @@ def test_words(checkpoint, capfd):
     euro = [tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in "€".encode()]
     assert all(map(tokenizer.is_byte, euro))
     for token in [3, *tokenizer.encode("the codec"), 0, 3, *euro, *tokenizer.encode("word"), euro[0], 3,
-                  *tokenizer.encode("is"), 10**6]:
+                  *tokenizer.encode("is"), 10**6, euro[0]]:
         words.say(token)
-    assert stream.getvalue() == " the codec€ word\ufffd is 1000000"
+    assert stream.getvalue() == " the codec€ word\ufffd is 1000000", "a character waits for its other bytes"
+    words.end()
+    assert stream.getvalue() == " the codec€ word\ufffd is 1000000\ufffd\n"
     stream = io.StringIO()
     words = generate.Screen(None, config, stream, 0.08, None)
     for token in (3, 17, 0, 4):

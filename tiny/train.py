@@ -478,8 +478,10 @@ def codec_step(mimi: Mimi, phone_heads: nn.Module, spectral: SpectralLoss, batch
 CODEC_LOSSES = ("spectral", "wave", "commitment", "phone", "right")
 
 
-def stage_codec(work: Path, steps: int = 3600, batch: int = 8, phone_weight: float = 0.3) -> None:
-    """Trains Mimi: work/codec.pt, then the folder's file. `phone_weight` 0: all codebooks are acoustic."""
+def stage_codec(work: Path, steps: int = 3600, batch: int = 8, unquantized: int = 200,
+                phone_weight: float = 0.3) -> None:
+    """Trains Mimi: work/codec.pt, then its file there. It begins with `unquantized` steps without codebooks;
+    with a `phone_weight` of 0 all codebooks would be acoustic."""
     speech = Speech(work)
     torch.manual_seed(2)
     mimi = Mimi(MimiConfig.from_dict(MIMI)).to(DEVICE)
@@ -488,7 +490,7 @@ def stage_codec(work: Path, steps: int = 3600, batch: int = 8, phone_weight: flo
     spectral = SpectralLoss().to(DEVICE)
     parameters = [*mimi.parameters(), *phone_heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=1e-3)
-    path, unquantized = work / "codec.pt", 200
+    path = work / "codec.pt"
     first, history = resume(path, mimi=mimi, heads=phone_heads, optimizer=optimizer)
     if not first:
         forget(work, "voice.pt", "encoded.pt", "lm.pt")  # made with another codec

@@ -1,0 +1,147 @@
+"""tiny/train.py, each stage for a few steps: that it runs from nothing, and what its parts do."""
+import ctypes.util
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tiny"))
+
+import train  # noqa: E402
+
+from mimi_min import Codebook, Mimi, MimiConfig  # noqa: E402
+
+needs_espeak = pytest.mark.skipif(not ctypes.util.find_library("espeak-ng"), reason="espeak-ng is not installed")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A checkpoint folder to fill, and no progress lines of another test."""
+    monkeypatch.setattr(train, "FOLDER", tmp_path / "tiny")
+    monkeypatch.setattr(train, "_started", {})
+    (tmp_path / "tiny").mkdir()
+    return tmp_path / "tiny"
+
+
+@needs_espeak
+def test_from_nothing(folder, tmp_path, capsys, monkeypatch):
+    """All stages one after the other leave a folder that can be talked to; done again, they find all done."""
+    work = tmp_path / "work"
+    work.mkdir()
+    train.stage_data(work, questions=150)
+    train.stage_codec(work, steps=4, batch=2, unquantized=2)
+    train.stage_voice(work, steps=2, batch=2)
+    train.stage_lm(work, steps=2, batch=2)
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+    assert {path.name for path in files} >= {"config.json", "mimi_config.json", train.MIMI_FILE, train.MOSHI_FILE,
+                                             train.TOKENIZER_FILE, "codec_loss.tsv", "lm_loss.tsv", *train.RECORDINGS}
+    assert json.loads((folder / "config.json").read_text())["lm_gen_config"]["temp"] == 0.5
+    text, sound = train.talk([np.zeros(5 * 1920, np.float32)] * 2, greedy=True)
+    assert text.shape == (2, 5) and sound.shape == (2, 5 * 1920) and np.isfinite(sound).all()
+    for stage, steps in ((train.stage_codec, 4), (train.stage_voice, 2), (train.stage_lm, 2)):
+        stage(work, steps=steps)
+    assert files == {path: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(train, "all_answers", lambda: {"ten minus nine is one"})
+    monkeypatch.setattr(train, "phones_in_codes", lambda espeak, rng: {0: (1, 2), 1: (0, 2)})
+    monkeypatch.setattr(train, "talk", lambda sounds, greedy: (
+        np.full((len(sounds), 400), 3), np.zeros((len(sounds), 400 * 1920), np.float32)))
+    capsys.readouterr()
+    train.stage_eval(work, conversations=3)
+    table = capsys.readouterr().out
+    assert "| text of the answer exactly right, greedy | 0 of 9 | 0.0 % | 98 % |" in table, "silence is no answer"
+    assert "| silent within 0.7 s of the end of 'stop' | 0 of 0 |" in table, "who never spoke has not stopped"
+
+
+def test_stages_say_what_they_need(folder, tmp_path):
+    """A stage without the one before it ends with a line, not a traceback, and writes nothing."""
+    for stage, word in ((train.stage_codec, "data"), (train.stage_voice, "data"), (train.stage_lm, "data"),
+                        (train.stage_eval, "voice")):
+        with pytest.raises(SystemExit, match=f"first run: python tiny/train.py {word}"):
+            stage(tmp_path)
+    assert not list(folder.iterdir())
+
+
+def test_held_out():
+    """What `eval` asks is never trained: about one phrasing with numbers in ten, no greeting."""
+    turns = train.all_turns()
+    asked = [turn for kind in ("sum", "difference", "count") for turn in turns[kind]]
+    assert 0.07 < sum(turn.held_out for turn in asked) / len(asked) < 0.13
+    assert not any(turn.held_out for turn in turns["talk"] + turns["stop"])
+    assert not set(train.HELD_OUT_SPEEDS) - set(train.SPEEDS) and not set(train.HELD_OUT_PITCHES) - set(train.PITCHES)
+
+
+class FakeEncoded:
+    """Words whose codes say where they come from: the word's number, then 1000 for each later frame."""
+
+    def __init__(self):
+        self.silence = np.full(8, -7)
+        self.users = {"three plus four": [(np.full((8, 6), 50), 5)], "count from three": [(np.full((8, 6), 51), 5)],
+                      "stop": [(np.full((8, 4), 52), 3)]}
+        self.words, self.names = {}, {}
+        for sentence in ["three plus four is seven", *train.NUMBERS]:
+            for key in train.word_keys(sentence.split()):
+                number = self.names.setdefault(key, 100 + len(self.names))
+                self.words[key] = [(number + 1000 * np.tile(np.arange(3), (8, 1)), 2 if key[2] else 3, [number])]
+
+
+def test_conversation():
+    """Streams of conversations by hand-made pieces: an answer 3 frames after its question, EPAD before each word."""
+    encoded = FakeEncoded()
+    turns = {"sum": [train.Turn("three plus four", "three plus four is seven")],
+             "difference": [train.Turn("three plus four", "three plus four is seven")],
+             "count": [train.Turn("count from three", count_from=3)], "talk": [train.Turn("stop")], "stop": [train.Turn("stop")]}
+    stopped = 0
+    for seed in range(60):
+        codes = train.conversation(encoded, turns, np.random.default_rng(seed))
+        text, moshi, user = codes[0], codes[1:9], codes[9:]
+        assert codes.shape == (17, train.FRAMES) and (moshi == moshi[:1]).all() and (user == user[:1]).all()
+        starts = np.flatnonzero((user[0] == 50) & (np.roll(user[0], 1) != 50))
+        for start in starts:
+            at = start + 5 + 3  # five frames of sound, then ANSWER_AFTER
+            if at + 15 > train.FRAMES or 52 in user[0, start : at + 15]:
+                continue
+            numbers = [encoded.names[key] for key in train.word_keys("three plus four is seven".split())]
+            assert [text[at + 3 * n] for n in range(5)] == numbers
+            assert [text[at + 3 * n - 1] for n in range(5)] == [0] * 5 and text[at - 2] == 3
+            assert moshi[0, at : at + 5].tolist() == [numbers[0], numbers[0] + 1000, numbers[0] + 2000, numbers[1],
+                                                      numbers[1] + 1000]
+        for end in np.flatnonzero((user[0] == 52) & (np.roll(user[0], 1) != 52)) + 3 + 3:  # 'stop' takes 3 frames
+            if end + 4 < train.FRAMES:
+                assert (moshi[:, end : end + 4] == -7).all(), "still speaking after 'stop'"
+                stopped += moshi[0, end - 1] != -7
+    assert stopped > 5
+
+
+def test_moving_average_moves_and_revives():
+    """Centroids go where their vectors are; one that nothing chooses is put onto a vector."""
+    torch.manual_seed(0)
+    book = Codebook(3, 2)
+    book.embedding_sum.copy_(torch.tensor([[1.0, 0], [0, 1.0], [-50, -50]]))
+    x = torch.tensor([[1.2, 0.0], [0.0, 0.8]]).repeat(50, 1)
+    for _ in range(800):
+        train.move_codebook(book, x, book.encode(x[None])[0])
+    found = book.centroids
+    assert torch.cdist(x[:2], found).min(1).values.max() < 1e-2
+    assert found.abs().max() < 2, "the dead one is still far away"
+
+
+def test_quantize_trains_what_is_used():
+    """Straight-through: the latent gets the output's gradient. Rows use their own number of codebooks."""
+    torch.manual_seed(0)
+    config = MimiConfig.from_dict({**train.MIMI, "quantizer": {**train.MIMI["quantizer"], "n_q": 4}})
+    quantizer = Mimi(config).quantizer.acoustic
+    z = torch.randn(2, 128, 5, requires_grad=True)
+    before = [codebook.centroids.clone() for codebook in quantizer.codebooks]
+    out, commitment, _ = train.quantize(quantizer, z, torch.tensor([1, 3]))
+    for codebook, centroids in zip(quantizer.codebooks, before):
+        codebook.embedding_sum, codebook.cluster_usage = centroids.clone(), torch.ones(len(centroids))
+    for row, number in ((0, 1), (1, 3)):
+        expected = quantizer.decode(quantizer.encode(z[row : row + 1], number))
+        assert torch.allclose(out[row : row + 1], expected, atol=1e-4)
+    out.sum().backward(retain_graph=True)
+    expected = quantizer.input_proj.weight[..., 0].T @ quantizer.output_proj.weight[..., 0].sum(0)
+    assert torch.allclose(z.grad, expected[None, :, None].expand_as(z), atol=1e-5)
+    assert commitment > 0 and commitment.requires_grad
