@@ -25,10 +25,10 @@ def draw(path: Path = HERE / "window.svg") -> None:
     q, k = (rope(part, window.turns) for part in heads.chunk(3, dim=1)[:2])
     weights = torch.softmax(q @ k.transpose(2, 3) * attention.head_dim**-0.5 + window.mask, dim=-1)[0]
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.9))
-    axes[0].imshow(window.mask == 0, cmap="Greys", vmax=2, interpolation="nearest")
+    axes[0].imshow((window.mask == 0).numpy(), cmap="Greys", vmax=2, interpolation="nearest")
     axes[0].set(title="the mask: the last 125 frames, 10 s", ylabel="frame that looks")
     for panel, head in zip(axes[1:], (0, 3)):
-        panel.imshow(weights[head].clamp(min=1e-4).log10(), cmap="magma_r", vmin=-4, vmax=0, interpolation="nearest")
+        panel.imshow(weights[head].clamp(min=1e-4).log10().numpy(), cmap="magma_r", vmin=-4, vmax=0, interpolation="nearest")
         panel.set(title=f"head {head} of the first layer")
     for panel in axes:
         panel.set(xlabel="frame that is looked at", xticks=[0, 125, 249], yticks=[0, 125, 249])
