@@ -77,7 +77,7 @@ class FakeEncoded:
     """Words whose codes say where they come from: the word's number, then 1000 for each later frame."""
 
     def __init__(self):
-        self.silence = np.full(8, -7)
+        self.silence, self.start = np.full(8, -7), np.full((8, train.TAIL + 1), -9)
         self.users = {"three plus four": [(np.full((8, 6), 50), 5)], "count from three": [(np.full((8, 6), 51), 5)],
                       "stop": [(np.full((8, 4), 52), 3)]}
         self.words, self.names = {}, {}

@@ -478,10 +478,8 @@ def codec_step(mimi: Mimi, phone_heads: nn.Module, spectral: SpectralLoss, batch
 CODEC_LOSSES = ("spectral", "wave", "commitment", "phone", "right")
 
 
-def stage_codec(work: Path, steps: int = 3600, batch: int = 8, unquantized: int = 200,
-                phone_weight: float = 0.3) -> None:
-    """Trains Mimi: work/codec.pt, then its file there. It begins with `unquantized` steps without codebooks;
-    with a `phone_weight` of 0 all codebooks would be acoustic."""
+def stage_codec(work: Path, steps: int = 3600, batch: int = 8, unquantized: int = 200) -> None:
+    """Trains Mimi: work/codec.pt, then its file there. It begins with `unquantized` steps, no codebooks."""
     speech = Speech(work)
     torch.manual_seed(2)
     mimi = Mimi(MimiConfig.from_dict(MIMI)).to(DEVICE)
@@ -511,7 +509,7 @@ def stage_codec(work: Path, steps: int = 3600, batch: int = 8, unquantized: int 
         losses = codec_step(mimi, phone_heads, spectral, clips(speech, rng, batch), number)
         total = losses["spectral"] + 0.3 * losses["wave"]
         if number is not None:
-            total = total + 0.25 * losses["commitment"] + phone_weight * losses["phone"]
+            total = total + 0.25 * losses["commitment"] + 0.3 * losses["phone"]
         optimizer.zero_grad()
         total.backward()
         nn.utils.clip_grad_norm_(parameters, 5.0)
@@ -610,8 +608,9 @@ def write_curve(path: Path, names: tuple[str, ...], history: list[list]) -> None
 
 # Frames of silence around an utterance when it is encoded. After a question the codes take up to 29 frames to
 # become those of lasting silence again, as the window of both layers runs empty. Whoever cuts them off before
-# trains a model that stops talking a second after each question, at codes that it has never heard.
-LEAD, TAIL = 8, 30
+# trains a model that stops talking a second after each question, at codes that it has never heard. What came
+# before it shows in its codes too, so the silence there is LEAD frames or more.
+LEAD, TAIL = 4, 30
 OWN_TAIL = 8  # Moshi's voice comes from its own codes, and returns to silence when it says so
 FRAMES = 160  # of a training conversation, 12.8 s
 ANSWER_AFTER, STOP_AFTER = 3, 3  # frames from the end of the user's words to Moshi's first, or to its silence
@@ -622,7 +621,9 @@ class Encoded:
     """All utterances as codes, and what a conversation is put together from."""
 
     def __init__(self, speech: Speech, tokenizer: sentencepiece.SentencePieceProcessor):
-        codes, self.silence = encode_all(speech)
+        codes, nothing = encode_all(speech)
+        self.silence = nothing[:, -1]  # that lasts
+        self.start = nothing[:, [0, *range(TAIL)]]  # of a stream that begins; its first frame is fed twice
         self.users: dict[str, list] = {}  # question -> [(codes [8, F], frames of it with speech), ...]
         # Moshi's words: (the word before, the word, is it the last?) -> [(codes [8, F], frames, tokens), ...]
         self.words: dict[tuple[str, str, bool], list] = {}
@@ -635,11 +636,13 @@ class Encoded:
     def cut(self, words: list[str], codes: np.ndarray, length: int, starts: list[float], tokenizer) -> None:
         """Cuts a sentence of Moshi into its words, each from the frame where it starts to the next one's."""
         assert len(words) == len(starts), f"espeak-ng says {' '.join(words)!r} in {len(starts)} words"
-        frames = [0, *(int(start * RATE / FRAME) for start in starts[1:]), codes.shape[1]]
-        for n, key in enumerate(word_keys(words)):
-            piece, is_last = codes[:, frames[n] : frames[n + 1]], key[2]
-            frames_with_sound = (length if is_last else frames[n + 1]) - frames[n]
-            self.words.setdefault(key, []).append((piece, frames_with_sound, tokenizer.encode(words[n])))
+        begins = [0, *(int(start * RATE / FRAME) for start in starts[1:])]
+        sound_ends = [*begins[1:], length]
+        ends = [*begins[1:], codes.shape[1]]  # the last word keeps the silence after it
+        for key, begin, sound_end, end in zip(word_keys(words), begins, sound_ends, ends):
+            _, word, _ = key
+            piece = codes[:, begin:end], sound_end - begin, tokenizer.encode(word)
+            self.words.setdefault(key, []).append(piece)
 
 
 def word_keys(words: list[str]) -> list[tuple[str, str, bool]]:
@@ -649,7 +652,7 @@ def word_keys(words: list[str]) -> list[tuple[str, str, bool]]:
 
 @torch.no_grad()
 def encode_all(speech: Speech, batch: int = 32) -> tuple[list[tuple[np.ndarray, int]], np.ndarray]:
-    """[(codes [8, F], frames until the speech ends), ...] of all utterances, and the codes [8] of silence."""
+    """[(codes [8, F], frames until the speech ends), ...] of all utterances, and of silence [8, 100]."""
     mimi = load_mimi(needed(FOLDER / MIMI_FILE, "voice"), MimiConfig.from_dict(MIMI), 8, DEVICE)
     rng, result = random_numbers(5), [None] * len(speech)
     order = sorted(range(len(speech)), key=lambda i: len(speech[i]))
@@ -660,16 +663,16 @@ def encode_all(speech: Speech, batch: int = 32) -> tuple[list[tuple[np.ndarray, 
             offset, gain = (0, 1.0) if own else (int(rng.integers(FRAME)), 10 ** rng.uniform(-0.4, 0.15))
             sounds.append(np.pad(speech[i] * gain, (offset, 0)))
             ends.append(-(-len(sounds[-1]) // FRAME))
-        frames = LEAD + max(ends) + TAIL
-        wave = np.zeros((len(rows), 1, frames * FRAME), np.float32)
+        lead = int(rng.integers(LEAD, TAIL))  # the first turn comes soon, the others after long silence
+        wave = np.zeros((len(rows), 1, (lead + max(ends) + TAIL) * FRAME), np.float32)
         for row, x in enumerate(sounds):
-            wave[row, 0, LEAD * FRAME : LEAD * FRAME + len(x)] = x.clip(-1, 1)
+            wave[row, 0, lead * FRAME : lead * FRAME + len(x)] = x.clip(-1, 1)
         codes = mimi.encode(torch.from_numpy(wave).to(DEVICE)).cpu().numpy()
         for row, i in enumerate(rows):
             tail = OWN_TAIL if i < speech.own else TAIL
-            result[i] = codes[row, :, LEAD : LEAD + ends[row] + tail], ends[row]
+            result[i] = codes[row, :, lead : lead + ends[row] + tail], ends[row]
         progress("encode", start + len(rows), len(order))
-    silence = mimi.encode(torch.zeros(1, 1, 100 * FRAME, device=DEVICE))[0, :, -1].cpu().numpy()
+    silence = mimi.encode(torch.zeros(1, 1, 100 * FRAME, device=DEVICE))[0].cpu().numpy()
     return result, silence
 
 
@@ -691,7 +694,7 @@ def conversation(encoded: Encoded, turns: dict[str, list[Turn]], rng: np.random.
         for key in word_keys(sentence.split()):
             codes, length, tokens = pick(rng, encoded.words[key])
             put(moshi, codes, at)
-            if at < FRAMES and text[at - 1] == PAD:
+            if at <= FRAMES and text[at - 1] == PAD:
                 text[at - 1] = EPAD
             text[at : at + len(tokens)] = tokens[: max(0, FRAMES - at)]
             at += length
@@ -707,6 +710,8 @@ def conversation(encoded: Encoded, turns: dict[str, list[Turn]], rng: np.random.
         text[at:] = PAD
         moshi[:, at:] = encoded.silence[:, None]
 
+    if rng.random() < 0.5:  # a stream that begins; in the others they have been talking for a while
+        put(user, encoded.start, 0)
     at = int(rng.integers(1, 15))
     if rng.random() < 0.06:
         at = int(rng.integers(25, 2 * FRAMES))  # also silence for silence
