@@ -258,6 +258,7 @@ def causal_mask(query_positions: Tensor, key_positions: Tensor, context: int) ->
     age = query_positions[:, None] - key_positions
     return (age >= 0) & (age < context) & (key_positions >= 0)
 
+
 class Window(NamedTuple):
     """What the layers of a transformer share in one call: where the inputs stand and what they may see."""
 
@@ -338,8 +339,8 @@ class Transformer(nn.Module):
             ring = torch.arange(filled, device=x.device)
             key_positions = last - (last - ring) % self.ring_size  # the newest that fell into each slot
             position += length
-        mask = causal_mask(positions, key_positions, self.context)
-        mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill_(~mask, -math.inf)
+        visible = causal_mask(positions, key_positions, self.context)
+        mask = torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill_(~visible, -math.inf)
         turns = rotation(positions, self.layers[0].attention.head_dim, self.max_period)
         return Window(turns, mask, slots)
 

@@ -55,9 +55,9 @@ def words(checkpoint: Checkpoint, text: Tensor) -> str:
     return checkpoint.tokenizer.decode([token for token in text.tolist() if token not in (PAD, EPAD)])
 
 
-def decibels(sound: Tensor) -> Tensor:
-    """Loudness of each frame of sound [T]: its RMS in dB of full scale, -180 for digital silence."""
-    return 20 * torch.log10(sound.flatten().unfold(0, FRAME, FRAME).pow(2).mean(1).sqrt() + 1e-9)
+def decibels(sound: Tensor, block: int = FRAME) -> Tensor:
+    """Loudness of each frame (or block) of sound [T]: its RMS in dB of full scale, -180 for digital silence."""
+    return 20 * torch.log10(sound.flatten().unfold(0, block, block).pow(2).mean(1).sqrt() + 1e-9)
 
 
 def distance(x: Tensor, y: Tensor) -> float:

@@ -3,18 +3,16 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from reference import LMGen, close, loaders, same_codes
-from test_generate import FRAME, RATE, parse
+from test_generate import parse
 
-from mimi_min import init_state
-from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, MoshiGen, load_checkpoint
+from lessons.lab import FRAME, PAD, RATE, decibels, recording, talk, tiny, words
+from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE
 
 TINY = ROOT / "tiny"
-PAD, EPAD = 3, 0
 ANSWERS = {  # recording -> what Moshi says to it
     "question.wav": "seven plus eight is fifteen",
     "hello.wav": "hello how can i help you",
@@ -25,43 +23,20 @@ CONVERSATION = ("hello how can i help you nine minus four is five seventeen eigh
 pytestmark = pytest.mark.skipif(not (TINY / MOSHI_FILE).exists(), reason="tiny/ holds no checkpoint yet")
 
 
-def recording(name, extra_seconds=4):
-    """A shipped recording and silence after it, in frames [F, 1920]."""
-    sound = torch.from_numpy(parse((TINY / name).read_bytes())[:, 0] / np.float32(32768))
-    missing = -len(sound) % FRAME + int(extra_seconds * 12.5) * FRAME
-    return torch.nn.functional.pad(sound, (0, missing)).view(-1, FRAME)
-
-
-@torch.no_grad()
-def answer(frames, seed=None, **options):
-    """What the checkpoint says to [F, 1920]: words, tokens [9, F], sound [T]. Greedy without a seed."""
-    moshi, mimi, tokenizer, config = load_checkpoint(TINY)
-    torch.manual_seed(seed or 0)
-    gen = MoshiGen(moshi, greedy=seed is None, **config["lm_gen_config"])
-    state, tokens, sound = init_state(mimi, 1), [], []
-    for f, frame in enumerate(frames):
-        codes = mimi.encode(frame[None, None], state)
-        if f == 0:
-            gen.step(codes)
-        tokens.append(gen.step(codes))
-        sound.append(mimi.decode(tokens[-1][:, 1:], state)[0, 0])
-    tokens = torch.cat(tokens, -1)[0]
-    words = tokenizer.decode([t for t in tokens[0].tolist() if t not in (PAD, EPAD)])
-    return words, tokens, torch.cat(sound)
-
-
-def decibels(x, block):
-    """RMS of each block of x [T], in dB of full scale."""
-    return 20 * (x[: len(x) // block * block].view(-1, block).pow(2).mean(1).sqrt() + 1e-9).log10()
+def answer(sound, seed=None):
+    """What the checkpoint says to sound [1, 1, T]: words, tokens [9, F], sound [T]. Greedy without a seed."""
+    checkpoint = tiny()
+    tokens, voice = talk(checkpoint, sound, seed)
+    return words(checkpoint, tokens[0]), tokens, voice
 
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_answers(name):
     """Every shipped recording gets its exact answer: greedy, and drawn with the settings of the checkpoint."""
     for seed in (None, 4242):
-        words, _, sound = answer(recording(name), seed)
-        assert words == ANSWERS[name], f"seed {seed}"
-        assert decibels(sound, FRAME).max() > -30, "the words come without sound"
+        said, _, sound = answer(recording(name), seed)
+        assert said == ANSWERS[name], f"seed {seed}"
+        assert decibels(sound).max() > -30, "the words come without sound"
 
 
 def test_conversation():
@@ -85,14 +60,13 @@ def test_same_as_the_official_package(name):
 
     Its codec runs offline: streaming, it loses a key of this narrow window after 1.3 s (after 10 s in the real one).
     """
-    frames = recording(name)
-    _, tokens, sound = answer(frames)
+    asked = recording(name)
+    _, tokens, sound = answer(asked)
     info = loaders.CheckpointInfo.from_hf_repo("none", TINY / MOSHI_FILE, TINY / MIMI_FILE, TINY / TOKENIZER_FILE,
                                                TINY / "config.json", TINY / "mimi_config.json")
     mimi, lm = info.get_mimi("cpu"), info.get_moshi("cpu", torch.float32)
-    codes = mimi.encode(frames.view(1, 1, -1))
-    ours = load_checkpoint(TINY).mimi.encode(frames.view(1, 1, -1))
-    same_codes(ours, codes, mimi, mimi.encode_to_latent(frames.view(1, 1, -1), quantize=False))
+    codes = mimi.encode(asked)
+    same_codes(tiny().mimi.encode(asked), codes, mimi, mimi.encode_to_latent(asked, quantize=False))
     gen = LMGen(lm, use_sampling=False, **info.lm_gen_config)
     with gen.streaming(1):
         gen.step(codes[..., :1])
@@ -103,23 +77,21 @@ def test_same_as_the_official_package(name):
 
 def test_stops_when_told():
     """Counting ends within 0.7 s of the end of 'stop', and would have gone on without it."""
-    frames = recording("count.wav")
-    loud = frames.flatten().abs() > 0.01
-    end = int(loud.nonzero()[-1])
-    _, tokens, sound = answer(frames)
+    asked = recording("count.wav")
+    end = int((asked[0, 0].abs() > 0.01).nonzero()[-1])
+    _, _, sound = answer(asked)
     after = sound[end + int(0.62 * RATE) :]  # what is heard live comes 0.08 s later than in the file
     assert decibels(after, RATE // 100).max() < -45
-    assert decibels(sound[end - RATE : end], FRAME).max() > -35, "it was not speaking when told to stop"
-    without = frames.flatten().clone()
-    without[end - RATE // 2 :] = 0
-    words, _, _ = answer(without.view(-1, FRAME))
-    assert len(words.split()) > len(ANSWERS["count.wav"].split()) + 1
+    assert decibels(sound[end - RATE : end]).max() > -35, "it was not speaking when told to stop"
+    asked[..., end - RATE // 2 :] = 0
+    said, _, _ = answer(asked)
+    assert len(said.split()) > len(ANSWERS["count.wav"].split()) + 1
 
 
 def test_says_nothing_to_silence():
     """24 s of silence, far past both windows: PAD and silence."""
-    _, tokens, sound = answer(torch.zeros(300, FRAME))
-    assert (tokens[0] == PAD).all() and decibels(sound, FRAME).max() < -45
+    _, tokens, sound = answer(torch.zeros(1, 1, 300 * FRAME))
+    assert (tokens[0] == PAD).all() and decibels(sound).max() < -45
 
 
 def test_small_enough():

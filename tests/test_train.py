@@ -145,3 +145,45 @@ def test_quantize_trains_what_is_used():
     expected = quantizer.input_proj.weight[..., 0].T @ quantizer.output_proj.weight[..., 0].sum(0)
     assert torch.allclose(z.grad, expected[None, :, None].expand_as(z), atol=1e-5)
     assert commitment > 0 and commitment.requires_grad
+
+
+@pytest.mark.parametrize("words, last, expected", [
+    ("three four five", 3.0, True), ("three four five", 4.4, True), ("three four five", 2.8, True),
+    ("three four five", 4.6, False),  # the last number began over 0.7 s after 'stop'
+    ("three four five", 2.6, False),  # it gave up counting, the next number was due before 'stop'
+    ("three five", 3.0, False), ("three four fi", 3.0, False), ("four five", 3.0, False), ("", None, False),
+    (" ".join(train.NUMBERS[3:]), 0.5, True), (" ".join(train.NUMBERS[3:] + ["thirty"]), 0.5, False)])
+def test_a_right_count(words, last, expected):
+    """A count goes up from its first number until 'stop', which ends at 3.8 s here, or to thirty."""
+    asked = train.Asked("count", train.Turn("count from three", count_from=3), 0, 24000, 6 * 24000, stop=int(3.8 * 24000))
+    assert train.is_right(asked, words.split(), None if last is None else int(last * 12.5)) is expected
+
+
+def test_a_right_answer():
+    """The whole sentence, nothing else; silence to a 'stop' that had nothing to stop."""
+    asked = train.Asked("talk", train.Turn("hello", "hello how can i help you"), 0, 24000)
+    for words, expected in (("hello how can i help you", True), ("hello how can i help", False), ("", False),
+                            ("hello hello how can i help you", False)):
+        assert train.is_right(asked, words.split(), 20) is expected
+    assert train.is_right(train.Asked("stop", train.Turn("stop"), 0, 9), [], None) is True
+
+
+def timing(begins, ends, stop=None):
+    """What `score_timing` counts when Moshi's sound is there from `begins` to `ends` [s]; the question ends at 2 s."""
+    sound = np.zeros(10 * 24000, np.float32)
+    sound[int(begins * 24000) : int(ends * 24000)] = 0.1
+    tally = train.Tally()
+    turn = train.Turn("count from three", count_from=3)
+    train.score_timing(tally, train.Asked("count", turn, 24000, 2 * 24000, 8 * 24000, stop and int(stop * 24000)), sound)
+    return [tuple(counts) for counts in tally.rows.values()]
+
+
+def test_timing():
+    """Speaking in the question, the begin of an answer, and the silence after 'stop', each at both of its bounds."""
+    assert timing(2.3, 4) == [(0, 12), (1, 1)]
+    assert timing(1.5, 4)[0] == (6, 12), "six frames of the question, from 1.48 s on"
+    assert timing(0.2, 0.9)[0] == (0, 12), "before the question"
+    for begins, expected in ((2.0, 0), (2.03, 1), (2.71, 1), (2.73, 0), (8.5, 0)):  # heard 0.08 s later
+        assert timing(begins, 9)[1] == (expected, 1), begins
+    for ends, expected in ((4.5, (1, 1)), (5.6, (1, 1)), (5.64, (0, 1)), (9, (0, 1)), (3.9, (0, 0))):
+        assert timing(2.3, ends, stop=5)[2] == expected, ends

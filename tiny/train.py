@@ -825,6 +825,7 @@ def stage_lm(work: Path, steps: int = 2400, batch: int = 16) -> None:
 class Asked:
     """A turn of an examination, and when it was said, in samples."""
 
+    kind: str
     turn: Turn
     start: int
     end: int
@@ -845,9 +846,10 @@ def examination(espeak: Espeak, rng: np.random.Generator, turns: int = 3) -> tup
         return at + len(x)
 
     for _ in range(turns):
-        turn = pick(rng, held_out[rng.choice(list(held_out), p=[0.3, 0.25, 0.25, 0.16, 0.04])])
+        kind = str(rng.choice(list(held_out), p=[0.3, 0.25, 0.25, 0.16, 0.04]))
+        turn = pick(rng, held_out[kind])
         end = ask(turn.question, at)
-        asked.append(Asked(turn, at, end))
+        asked.append(Asked(kind, turn, at, end))
         finish = end + ANSWER_AFTER * FRAME
         if turn.count_from is not None:
             most = (len(NUMBERS) - turn.count_from) * COUNT_EVERY * FRAME / RATE
@@ -944,6 +946,57 @@ def is_right(asked: Asked, words: list[str], last: int | None) -> bool:
     return early > -0.7 * RATE and (words[-1] == "thirty" or early < 1.5 * COUNT_EVERY * FRAME)
 
 
+class Tally:
+    """The table: what was counted, in rows that stand in the order in which they were first counted."""
+
+    def __init__(self):
+        self.rows: dict[tuple[str, str], list[int]] = {}
+
+    def add(self, row: str, goal: str, hits: int, of: int = 1) -> None:
+        """Counts `hits` of `of` cases more."""
+        counts = self.rows.setdefault((row, goal), [0, 0])
+        counts[0], counts[1] = counts[0] + int(hits), counts[1] + of
+
+    def __str__(self) -> str:
+        rows = [f"| {row} | {hits} of {of} | {100 * hits / max(of, 1):.1f} % | {goal} |"
+                for (row, goal), (hits, of) in self.rows.items()]
+        return "\n".join(["| what | count | share | goal |", "| --- | --- | --- | --- |", *rows])
+
+
+def score_text(tally: Tally, how: str, asked: Asked, tokens: np.ndarray, tokenizer) -> bool:
+    """Does the text stream [F] answer what was asked?"""
+    first, last = asked.end // FRAME, asked.until // FRAME
+    onsets = first + np.flatnonzero(~np.isin(tokens[first:last], (PAD, EPAD)))
+    words = words_said(tokens[first:last], tokenizer)
+    good = is_right(asked, words, int(onsets[-1]) if len(onsets) else None)
+    tally.add(f"text of the answer exactly right, {how}", "98 %", good)
+    tally.add(f"... {asked.kind}, {how}", "", good)
+    if not good:
+        print(f"{how}: asked {asked.turn.question!r}, said {' '.join(words)!r}", file=sys.stderr)
+    return good
+
+
+def score_timing(tally: Tally, asked: Asked, sound: np.ndarray) -> None:
+    """Is Moshi's sound [T] there when it should be, and only then?
+
+    Heard live, an answer is 80 ms later than in the file: a frame is answered when it is over.
+    """
+    block = RATE // 100
+    during = decibels(sound[asked.start : asked.end], FRAME) > -45
+    tally.add("frames of the user's questions in which Moshi speaks", "under 2 %", during.sum(), len(during))
+    if asked.turn.answer or asked.turn.count_from is not None:
+        loud = np.flatnonzero(decibels(sound[asked.end : asked.until], block) > -45)
+        in_time = len(loud) > 0 and 0.1 <= loud[0] / 100 + FRAME / RATE <= 0.8
+        tally.add("answers that begin 0.1 to 0.8 s after the question's end", "95 %", in_time)
+    if asked.stop is not None:
+        was_speaking = (decibels(sound[asked.stop - RATE : asked.stop], block) > -45).any()
+        after = decibels(sound[asked.stop : asked.stop + 2 * RATE], block) > -45
+        quiet = [t for t in range(len(after) - 49) if not after[t : t + 50].any()]  # for half a second
+        in_time = len(quiet) > 0 and quiet[0] / 100 + FRAME / RATE <= 0.7
+        tally.add("silent within 0.7 s of the end of 'stop'", "95 %", was_speaking and in_time,
+                  of=int(was_speaking))
+
+
 def stage_eval(work: Path, conversations: int = 200) -> None:
     """Talks with the folder and prints what came of it, as a table in Markdown."""
     for name, stage in ((MIMI_FILE, "voice"), (MOSHI_FILE, "lm"), ("config.json", "lm")):
@@ -951,73 +1004,33 @@ def stage_eval(work: Path, conversations: int = 200) -> None:
     espeak, rng, recogniser = Espeak(), random_numbers(8), Recogniser(work)
     exams = [examination(espeak, rng) for _ in range(conversations)]
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(FOLDER / TOKENIZER_FILE))
-    rows = []
-
-    def row(what: str, hits: int, of: int, goal: str) -> None:
-        rows.append(f"| {what} | {hits} of {of} | {100 * hits / max(of, 1):.1f} % | {goal} |")
-
-    for greedy in (True, False):
-        text, waves = talk([sound for sound, _ in exams], greedy)
-        right = dict.fromkeys(("sum", "difference", "count", "talk", "stop"), 0)
-        total = dict.fromkeys(right, 0)
-        kinds = {turn.question: kind for kind, those in all_turns().items() for turn in those}
-        heard = original = words_in_all = in_time = answers = stopped = stops = 0
-        spoken_frames = question_frames = 0
+    tally = Tally()
+    for how in ("greedy", "sampled"):
+        text, waves = talk([sound for sound, _ in exams], greedy=how == "greedy")
         for (_, asked_list), tokens, sound in zip(exams, text, waves):
             for asked in asked_list:
-                first, last = asked.end // FRAME, asked.until // FRAME
-                onsets = first + np.flatnonzero(~np.isin(tokens[first:last], (PAD, EPAD)))
-                words = words_said(tokens[first:last], tokenizer)
-                good = is_right(asked, words, int(onsets[-1]) if len(onsets) else None)
-                kind = kinds[asked.turn.question]
-                right[kind], total[kind] = right[kind] + good, total[kind] + 1
-                if not good and greedy:
-                    print(f"asked {asked.turn.question!r}, said {' '.join(words)!r}", file=sys.stderr)
-                if not greedy:
+                good = score_text(tally, how, asked, tokens, tokenizer)
+                if how == "sampled":
                     continue
-                loud = decibels(sound[asked.start : asked.end], FRAME) > -45
-                spoken_frames, question_frames = spoken_frames + int(loud.sum()), question_frames + len(loud)
-                # Heard live, an answer is 80 ms later than in the file: a frame is answered when it is over.
-                answer, block = sound[asked.end : asked.until], RATE // 100
-                loud = np.flatnonzero(decibels(answer, block) > -45)
-                if asked.turn.answer or asked.turn.count_from is not None:
-                    answers += 1
-                    in_time += bool(len(loud)) and 0.1 <= loud[0] / 100 + FRAME / RATE <= 0.8
-                if asked.stop is not None:
-                    if not (decibels(sound[asked.stop - RATE : asked.stop], block) > -45).any():
-                        continue  # it wasn't speaking
-                    stops += 1
-                    after = decibels(sound[asked.stop : asked.stop + 2 * RATE], block) > -45
-                    quiet = [t for t in range(len(after) - 49) if not after[t : t + 50].any()]
-                    stopped += bool(quiet) and quiet[0] / 100 + FRAME / RATE <= 0.7
-                elif asked.turn.answer and good:
-                    expected = asked.turn.answer.split()
+                score_timing(tally, asked, sound)
+                if good and asked.turn.answer:
+                    words = asked.turn.answer.split()
                     plain = espeak.say(asked.turn.answer, MOSHI_VOICE, MOSHI_SPEED, MOSHI_PITCH)[0] / 32768
-                    words_in_all += len(expected)
-                    heard += recogniser.score(answer, expected)
-                    original += recogniser.score(plain, expected)
-        how = "greedy" if greedy else "sampled"
-        row(f"text of the answer exactly right, {how}", sum(right.values()), sum(total.values()), "98 %")
-        for kind in right:
-            row(f"... {kind}, {how}", right[kind], total[kind], "")
-        if greedy:
-            row("words of right answers that the recogniser hears when espeak-ng says them", original,
-                words_in_all, "")
-            row("... when Moshi says them, of those", heard, original, "95 %")
-            for number, counts in codec_alone(espeak, recogniser).items():
-                goal = "97 %" if number == 8 else ""
-                row(f"... all sentences, through the codec alone, {number} codebooks", *counts, goal)
-            row("silent within 0.7 s of the end of 'stop'", stopped, stops, "95 %")
-            row("frames of the user's questions in which Moshi speaks", spoken_frames, question_frames,
-                "under 2 %")
-            row("answers that begin 0.1 to 0.8 s after the question's end", in_time, answers, "95 %")
-            for k, counts in phones_in_codes(espeak, random_numbers(10)).items():
-                row(f"phones that the {('first, semantic', 'second, acoustic')[k]} code tells", *counts, "")
-            tokens, sound = talk([np.zeros(1000 * FRAME, np.float32)], greedy=True)
-            loud = decibels(sound[0], FRAME) > -45
-            row("frames of silence, of 1,000, in which Moshi says something",
-                int((loud | ~np.isin(tokens[0], (PAD, EPAD))).sum()), 1000, "none")
-    print("| what | count | share | goal |\n| --- | --- | --- | --- |\n" + "\n".join(rows))
+                    original = recogniser.score(plain, words)
+                    heard = recogniser.score(sound[asked.end : asked.until], words)
+                    tally.add("words of right answers that the recogniser hears when espeak-ng says them", "",
+                              original, len(words))
+                    tally.add("... when Moshi says them, of those", "95 %", heard, original)
+    for number, (heard, original) in codec_alone(espeak, recogniser).items():
+        tally.add(f"words of all sentences, through the codec alone with {number} of 8 codebooks, of those",
+                  "97 %" if number == 8 else "", heard, original)
+    for k, (hits, frames) in phones_in_codes(espeak, random_numbers(10)).items():
+        which = ("first, semantic", "second, acoustic")[k]
+        tally.add(f"phones that the {which} code tells", "", hits, frames)
+    tokens, sound = talk([np.zeros(1000 * FRAME, np.float32)], greedy=True)
+    says = (decibels(sound[0], FRAME) > -45) | ~np.isin(tokens[0], (PAD, EPAD))
+    tally.add("frames of silence in which Moshi says something", "none", says.sum(), len(says))
+    print(tally)
 
 
 @torch.no_grad()
