@@ -2,7 +2,7 @@
 
 A test that cannot fail proves nothing. Each mutation is a small text change in a copy of the tree, on which the tests
 of that file run until the first failure. Not part of the test suite (it takes a few minutes). Words as arguments
-choose the mutations whose description contains one of them. Exit code 1 if one goes unnoticed.
+choose the mutations whose file or description contains one of them. Exit code 1 if one goes unnoticed.
 """
 import shutil
 import subprocess
@@ -155,8 +155,45 @@ GENERATE = [
     ("aligned one frame late", "for f, tokens in zip(range(len(heard)),", "for f, tokens in zip(range(1, len(heard)),"),
 ]
 
+TRAIN = [
+    ("trains what is held out", "zlib.crc32(self.question.encode()) % 10 == 0", "zlib.crc32(self.question.encode()) % 10 == 11"),
+    ("a word's phone one late", 'np.searchsorted(starts, seconds, side="right") - 1',
+     'np.searchsorted(starts, seconds, side="left") - 1'),
+    ("a phone goes on after the sound", "inside = (where >= 0) & (seconds", "inside = (where >= 0) | (seconds"),
+    ("labels of another moment", "speech.phone_at(i, (times + start) / RATE)", "speech.phone_at(i, (times + place) / RATE)"),
+    ("Moshi starts anywhere in a frame", "start = start // FRAME * FRAME", "start = start // FRAME * FRAME + 7"),
+    ("the gradient stops at the codes", "straight = x + (total - x).detach()", "straight = total.detach() + 0 * x"),
+    ("codebooks that were dropped sound", "total + used * nearest", "total + nearest"),
+    ("codebooks that were dropped are followed", "(residual - nearest).pow(2) * used).mean()",
+     "(residual - nearest).pow(2)).mean()"),
+    ("centroids do not move", "codebook.embedding_sum.lerp_(sums * share, 1 - decay)", "pass"),
+    ("dead centroids stay dead", "gone = codebook.cluster_usage < dead", "gone = codebook.cluster_usage < -1"),
+    ("all quantize the same", "residual, total = residual - nearest,", "residual, total = residual,"),
+    ("a stream's first frame once", "nothing[:, [0, *range(TAIL)]]", "nothing[:, : TAIL + 1]"),
+    ("each word a frame longer", "int(start * RATE / FRAME) for start in starts[1:]",
+     "int(start * RATE / FRAME) + 1 for start in starts[1:]"),
+    ("no silence after the last word", "ends = [*begins[1:], codes.shape[1]]", "ends = [*begins[1:], length]"),
+    ("codes a frame late", "codes[row, :, lead : lead + ends[row] + tail]", "codes[row, :, lead + 1 : lead + 1 + ends[row] + tail]"),
+    ("answers a frame early", "start, stop = end + ANSWER_AFTER, None", "start, stop = end + ANSWER_AFTER - 1, None"),
+    ("no EPAD on the last frame", "if at <= FRAMES and text", "if at < FRAMES and text"),
+    ("no EPAD of a number on the last frame", "start <= min(FRAMES, stop_at", "start < min(FRAMES, stop_at"),
+    ("EPAD over a word", " and text[at - 1] == PAD:", ":"),
+    ("speaks on after 'stop'", "hush(end + STOP_AFTER)", "hush(end + STOP_AFTER + 1)"),
+    ("silence keeps the text", "        text[at:] = PAD\n", ""),
+    ("no stream begins", "put(user, encoded.start, 0)", "pass"),
+    ("half an answer will do", 'return " ".join(words) == asked.turn.answer', 'return asked.turn.answer.startswith(" ".join(words))'),
+    ("a count may go on for ever", "return early > -0.7 * RATE and", "return"),
+    ("a count may end early", ' and (words[-1] == "thirty" or early < 1.5 * COUNT_EVERY * FRAME)', ""),
+    ("half a number will do", 'numbers.startswith(" ".join(words) + " ")', 'numbers.startswith(" ".join(words))'),
+    ("who never spoke has stopped", "of=int(was_speaking))", "of=1)"),
+    ("a click is silence", "range(len(after) - 49) if not after[t : t + 50].any()", "range(len(after) - 49) if not after[t]"),
+    ("heard a frame earlier", "loud[0] / 100 + FRAME / RATE <= 0.8", "loud[0] / 100 <= 0.8"),
+    ("stops a frame earlier", "quiet[0] / 100 + FRAME / RATE <= 0.7", "quiet[0] / 100 <= 0.7"),
+]
+
 RUNS = [("mimi_min.py", MIMI, "tests/test_mimi.py"), ("moshi_min.py", MOSHI, "tests/test_moshi.py"),
-        ("mimi_min.py", SHARED, "tests/test_moshi.py"), ("generate.py", GENERATE, "tests/test_generate.py")]
+        ("mimi_min.py", SHARED, "tests/test_moshi.py"), ("generate.py", GENERATE, "tests/test_generate.py"),
+        ("tiny/train.py", TRAIN, "tests/test_train.py")]
 
 
 def run_tests(tree, test):
@@ -178,9 +215,10 @@ def main():
         for name in ("mimi_min.py", "moshi_min.py", "generate.py", "pyproject.toml"):
             if (ROOT / name).exists():
                 shutil.copy(ROOT / name, tree / name)
-        shutil.copytree(ROOT / "tests", tree / "tests")
+        for name in ("tests", "tiny", "lessons"):
+            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("work"))
         for file, mutations, test in RUNS:
-            chosen = [m for m in mutations if not words or any(word in m[0] for word in words)]
+            chosen = [m for m in mutations if not words or any(word in f"{file} {m[0]}" for word in words)]
             if not chosen:
                 continue
             before = run_tests(tree, test)

@@ -722,7 +722,7 @@ def conversation(encoded: Encoded, turns: dict[str, list[Turn]], rng: np.random.
         if turn.count_from is not None:
             stop_at = start + int(rng.integers(2, 70))
             number, finish = turn.count_from, start
-            while number < len(NUMBERS) and start < min(FRAMES, stop_at + 20):
+            while number < len(NUMBERS) and start <= min(FRAMES, stop_at + 20):
                 finish = speak(NUMBERS[number], start)
                 start += max(COUNT_EVERY, finish - start + 2)
                 number += 1
@@ -762,7 +762,7 @@ def make_tokenizer() -> sentencepiece.SentencePieceProcessor:
 LM_LOSSES = ("text", "audio")
 
 
-def stage_lm(work: Path, steps: int = 2400, batch: int = 16) -> None:
+def stage_lm(work: Path, steps: int = 3200, batch: int = 16) -> None:
     """Trains Moshi on conversations: work/lm.pt, then the rest of the folder."""
     if (work / "encoded.pt").exists():
         encoded, tokenizer = torch.load(work / "encoded.pt", weights_only=False), make_tokenizer()
