@@ -1007,23 +1007,25 @@ def stage_eval(work: Path, conversations: int = 200) -> None:
     tally = Tally()
     for how in ("greedy", "sampled"):
         text, waves = talk([sound for sound, _ in exams], greedy=how == "greedy")
-        for (_, asked_list), tokens, sound in zip(exams, text, waves):
-            for asked in asked_list:
-                good = score_text(tally, how, asked, tokens, tokenizer)
-                if how == "sampled":
-                    continue
-                score_timing(tally, asked, sound)
-                if good and asked.turn.answer:
-                    words = asked.turn.answer.split()
-                    plain = espeak.say(asked.turn.answer, MOSHI_VOICE, MOSHI_SPEED, MOSHI_PITCH)[0] / 32768
-                    original = recogniser.score(plain, words)
-                    heard = recogniser.score(sound[asked.end : asked.until], words)
-                    tally.add("words of right answers that the recogniser hears when espeak-ng says them", "",
-                              original, len(words))
-                    tally.add("... when Moshi says them, of those", "95 %", heard, original)
+        marked = [(asked, score_text(tally, how, asked, tokens, tokenizer), sound)
+                  for (_, those), tokens, sound in zip(exams, text, waves) for asked in those]
+        if how == "sampled":
+            continue
+        for asked, _, sound in marked:
+            score_timing(tally, asked, sound)
+        for asked, good, sound in marked:
+            if good and asked.turn.answer:
+                words = asked.turn.answer.split()
+                plain = espeak.say(asked.turn.answer, MOSHI_VOICE, MOSHI_SPEED, MOSHI_PITCH)[0] / 32768
+                original = recogniser.score(plain, words)
+                heard = recogniser.score(sound[asked.end : asked.until], words)
+                tally.add("words of right answers that the recogniser hears when espeak-ng says them", "",
+                          original, len(words))
+                tally.add("... when Moshi says them, of those", "95 %", heard, original)
     for number, (heard, original) in codec_alone(espeak, recogniser).items():
-        tally.add(f"words of all sentences, through the codec alone with {number} of 8 codebooks, of those",
-                  "97 %" if number == 8 else "", heard, original)
+        tally.add("words of all sentences that it hears through the codec alone, with "
+                  f"{number} of 8 codebooks, of those from espeak-ng", "97 %" if number == 8 else "",
+                  heard, original)
     for k, (hits, frames) in phones_in_codes(espeak, random_numbers(10)).items():
         which = ("first, semantic", "second, acoustic")[k]
         tally.add(f"phones that the {which} code tells", "", hits, frames)
