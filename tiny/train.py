@@ -622,8 +622,8 @@ class Encoded:
 
     def __init__(self, speech: Speech, tokenizer: sentencepiece.SentencePieceProcessor):
         codes, nothing = encode_all(speech)
-        self.silence = nothing[:, -1]  # that lasts
-        self.start = nothing[:, [0, *range(TAIL)]]  # of a stream that begins; its first frame is fed twice
+        self.silence = nothing[:, -1]  # [8], of silence that has lasted long
+        self.start = nothing[:, [0, *range(TAIL)]]  # [8, 31], of a new stream; its first frame goes in twice
         self.users: dict[str, list] = {}  # question -> [(codes [8, F], frames of it with speech), ...]
         # Moshi's words: (the word before, the word, is it the last?) -> [(codes [8, F], frames, tokens), ...]
         self.words: dict[tuple[str, str, bool], list] = {}
@@ -825,7 +825,7 @@ def stage_lm(work: Path, steps: int = 3200, batch: int = 16) -> None:
 class Asked:
     """A turn of an examination, and when it was said, in samples."""
 
-    kind: str
+    kind: str  # a key of `all_turns`
     turn: Turn
     start: int
     end: int
@@ -981,7 +981,7 @@ def score_timing(tally: Tally, asked: Asked, sound: np.ndarray) -> None:
 
     Heard live, an answer is 80 ms later than in the file: a frame is answered when it is over.
     """
-    block = RATE // 100
+    block = RATE // 100  # 10 ms
     during = decibels(sound[asked.start : asked.end], FRAME) > -45
     tally.add("frames of the user's questions in which Moshi speaks", "under 2 %", during.sum(), len(during))
     if asked.turn.answer or asked.turn.count_from is not None:
