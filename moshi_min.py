@@ -26,8 +26,20 @@ import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
-from mimi_min import (TRANSFORMER_NAMES, Attention, Mimi, MimiConfig, Transformer, TransformerLayer,
-                      check_numbers, init_state, load_mimi, load_weights, read_keys, save_weights)
+from mimi_min import (
+    TRANSFORMER_NAMES,
+    Attention,
+    Mimi,
+    MimiConfig,
+    Transformer,
+    TransformerLayer,
+    check_numbers,
+    init_state,
+    load_mimi,
+    load_weights,
+    read_keys,
+    save_weights,
+)
 
 NO_INPUT = -1  # a token that adds nothing: the zero vector
 UNGENERATED = -2  # a token that is still to be sampled

@@ -1,4 +1,5 @@
 """Checks an exercise of LESSONS.md: `python lessons/check.py LESSON`."""
+
 import sys
 from pathlib import Path
 
@@ -7,11 +8,28 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mimi_min import CausalConv1d, Mimi, MimiConfig, ResidualQuantizer, official_names  # noqa: E402
-from moshi_min import (MOSHI_NAMES, DepthDecoder, Moshi, MoshiConfig, delay, gated_width,  # noqa: E402
-                       sample)
+from moshi_min import (
+    MOSHI_NAMES,
+    DepthDecoder,
+    Moshi,
+    MoshiConfig,
+    delay,
+    gated_width,  # noqa: E402
+    sample,
+)
 
-SMALL = {"dim": 32, "num_layers": 2, "num_heads": 4, "context": 10, "card": 40, "text_card": 50, "depformer_dim": 16,
-         "depformer_num_layers": 2, "depformer_num_heads": 2, "depformer_dim_feedforward": 48}
+SMALL = {
+    "dim": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "context": 10,
+    "card": 40,
+    "text_card": 50,
+    "depformer_dim": 16,
+    "depformer_num_layers": 2,
+    "depformer_num_heads": 2,
+    "depformer_dim_feedforward": 48,
+}
 
 
 def lesson_0(my):
@@ -37,8 +55,17 @@ def lesson_2(my):
 
 def lesson_3(my):
     assert my.receptive_field([(7, 1)]) == 7 and my.receptive_field([(3, 1), (3, 1)]) == 5
-    mimi = Mimi(MimiConfig(filters=2, latent_dim=16, num_layers=1, num_heads=2, feedforward_dim=16, codebook_size=8,
-                           codebook_dim=4))
+    mimi = Mimi(
+        MimiConfig(
+            filters=2,
+            latent_dim=16,
+            num_layers=1,
+            num_heads=2,
+            feedforward_dim=16,
+            codebook_size=8,
+            codebook_dim=4,
+        )
+    )
     convs = [part for part in mimi.encoder.modules() if isinstance(part, CausalConv1d)]
     x = torch.zeros(1, 1, 9600, requires_grad=True)
     for part in mimi.parameters():
@@ -46,7 +73,8 @@ def lesson_3(my):
     mimi.encoder(x)[0, :, -1].sum().backward()
     measured = int((x.grad != 0).sum())
     assert my.receptive_field([(conv.kernel, conv.stride) for conv in convs]) == measured, (
-        f"SEANet's last vector depends on {measured} samples")
+        f"SEANet's last vector depends on {measured} samples"
+    )
 
 
 def lesson_4(my):
@@ -81,7 +109,8 @@ def lesson_6(my):
 def lesson_7(my):
     assert my.put_words([(2, [11])], 5).tolist() == [3, 0, 11, 3, 3]
     assert my.put_words([(0, [11, 12]), (2, [13]), (5, [14])], 7).tolist() == [11, 12, 13, 3, 0, 14, 3], (
-        "no EPAD where a token stands, none before the first frame")
+        "no EPAD where a token stands, none before the first frame"
+    )
     assert my.put_words([(3, [11, 12, 13])], 5).tolist() == [3, 3, 0, 11, 12], "what does not fit falls off"
 
 
@@ -95,7 +124,9 @@ def lesson_8(my):
     before = my.depth_inputs(text, audio)
     hidden = torch.randn(3, 32)
     assert before.shape == (8, 3), "one token before each of the 8 codebooks"
-    assert torch.equal(decoder(hidden, before), decoder(hidden, expected)), "the depth decoder reads other tokens"
+    assert torch.equal(decoder(hidden, before), decoder(hidden, expected)), (
+        "the depth decoder reads other tokens"
+    )
 
 
 def lesson_9(my):

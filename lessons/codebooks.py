@@ -1,10 +1,10 @@
 """Draws lessons/codebooks.svg: a sentence of Moshi, and what 1, 2, 4 and 8 codebooks keep of the user's question."""
+
 from pathlib import Path
 
+from lab import RATE, distance, recording, tiny
 from sound import spectrogram
 from style import HERE, plt, save
-
-from lab import RATE, distance, recording, tiny
 
 
 def draw(path: Path = HERE / "codebooks.svg") -> None:
@@ -16,8 +16,11 @@ def draw(path: Path = HERE / "codebooks.svg") -> None:
     for row, number in zip(axes[1:], (8, 4, 2, 1)):
         decoded = mimi.decode(codes[:, :number])
         bits = int(number * 8 * mimi.frame_rate)
-        spectrogram(row, decoded.flatten().numpy(),
-                    f"{number} codebook{'s' * (number > 1)}, {bits} bit/s: {distance(sound, decoded):.1f} dB away")
+        spectrogram(
+            row,
+            decoded.flatten().numpy(),
+            f"{number} codebook{'s' * (number > 1)}, {bits} bit/s: {distance(sound, decoded):.1f} dB away",
+        )
     axes[-1].set(xlim=(0, sound.shape[-1] / RATE), xlabel="seconds")
     save(figure, path)
 

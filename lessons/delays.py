@@ -1,10 +1,11 @@
 """Draws lessons/delays.svg: frames of all streams before and after `delay`."""
+
 from pathlib import Path
 
 import torch
+from lab import tiny
 from style import HERE, MOSHI, QUIET, TEXT, USER, plt, save
 
-from lab import tiny
 from moshi_min import delay
 
 
@@ -23,9 +24,18 @@ def draw(path: Path = HERE / "delays.svg") -> None:
         for row in range(17 if panel is not axes[2] else 9):
             for column, frame in enumerate(grid[row].tolist()):
                 begin = frame == start
-                panel.barh(row, 0.94, left=column, height=0.88, color=QUIET if begin else colours[row], alpha=0.85)
-                panel.text(column + 0.47, row, "S" if begin else frame, ha="center", va="center", fontsize=8,
-                           color="#333" if begin else "white")
+                panel.barh(
+                    row, 0.94, left=column, height=0.88, color=QUIET if begin else colours[row], alpha=0.85
+                )
+                panel.text(
+                    column + 0.47,
+                    row,
+                    "S" if begin else frame,
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="#333" if begin else "white",
+                )
         panel.set(title=title, xlabel="frame" if panel is axes[0] else "step", xticks=[], ylim=(16.6, -0.6))
         panel.tick_params(length=0)
     axes[0].set_yticks(range(17), names, fontsize=8)

@@ -1,4 +1,5 @@
 """The exercises of LESSONS.md. Fill one in, then say `python lessons/check.py 3` for that of lesson 3."""
+
 import torch  # noqa: F401  you will want it
 from torch import Tensor
 

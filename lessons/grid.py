@@ -1,35 +1,57 @@
 """Draws lessons/grid.svg: the 17 streams of a conversation, from `python generate.py --tokens`."""
+
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from lab import EPAD, PAD, ROOT, decibels, read_wav, recording, tiny
 from matplotlib.colors import to_rgb
 from style import HERE, MOSHI, QUIET, TEXT, USER, plt, save
-
-from lab import EPAD, PAD, ROOT, decibels, read_wav, recording, tiny
 
 
 def draw(path: Path = HERE / "grid.svg") -> None:
     """Runs the program on the counting conversation and draws what it saved."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, str(ROOT / "generate.py"), str(ROOT / "tiny" / "count.wav"), "--extra-seconds", "3",
-                        "-o", f"{folder}/a.wav", "--tokens", f"{folder}/run.npz"], check=True, capture_output=True)
+        subprocess.run(
+            [
+                sys.executable,
+                str(ROOT / "generate.py"),
+                str(ROOT / "tiny" / "count.wav"),
+                "--extra-seconds",
+                "3",
+                "-o",
+                f"{folder}/a.wav",
+                "--tokens",
+                f"{folder}/run.npz",
+            ],
+            check=True,
+            capture_output=True,
+        )
         codes = np.load(f"{folder}/run.npz")["codes"]
         voice, _ = read_wav(Path(folder) / "a.wav")
     loud = [(decibels(sound) > -45).numpy() for sound in (voice, recording("count.wav", 3))]
     tokenizer = tiny().tokenizer
-    silence = [np.bincount(row[row >= 0]).argmax() for row in codes]  # the commonest code of a stream is its silence
-    names = (["text"] + ["Moshi: semantic"] + [f"acoustic {k}" for k in range(1, 8)]
-             + ["user: semantic"] + [f"acoustic {k}" for k in range(1, 8)])
+    silence = [
+        np.bincount(row[row >= 0]).argmax() for row in codes
+    ]  # the commonest code of a stream is its silence
+    names = (
+        ["text"]
+        + ["Moshi: semantic"]
+        + [f"acoustic {k}" for k in range(1, 8)]
+        + ["user: semantic"]
+        + [f"acoustic {k}" for k in range(1, 8)]
+    )
     figure, axes = plt.subplots(figsize=(11, 5.2))
     picture = np.ones((*codes.shape, 3))
     for row, colour in enumerate([TEXT] + 8 * [MOSHI] + 8 * [USER]):
         moves = ~np.isin(codes[row], (PAD, EPAD)) if row == 0 else codes[row] != silence[row]
         sounds = moves if row == 0 else np.resize(loud[row > 8], codes.shape[1])
         pale = 0.65 * np.array(to_rgb(QUIET)) + 0.35 * np.array(to_rgb(colour))
-        picture[row] = np.where(moves[:, None], np.where(sounds[:, None], to_rgb(colour), pale), to_rgb(QUIET))
+        picture[row] = np.where(
+            moves[:, None], np.where(sounds[:, None], to_rgb(colour), pale), to_rgb(QUIET)
+        )
     picture[codes < 0] = to_rgb(figure.get_facecolor())
     picture = picture.repeat(12, 0).repeat(8, 1)  # pixels so small that no viewer's smoothing shows
     axes.imshow(picture, aspect="auto", extent=(0, codes.shape[1], 16.5, -0.5), interpolation="none")
@@ -44,7 +66,9 @@ def draw(path: Path = HERE / "grid.svg") -> None:
     axes.set_xticks(np.arange(0, codes.shape[1] + 1, 12.5), range(int(codes.shape[1] / 12.5) + 1))
     axes.set_xlim(0, codes.shape[1] + 4)
     axes.set_ylim(16.6, -1.8)
-    axes.set_xlabel("seconds (a column is a frame of 80 ms). Grey: PAD, the codes of silence; pale: other codes, but no sound; E: EPAD")
+    axes.set_xlabel(
+        "seconds (a column is a frame of 80 ms). Grey: PAD, the codes of silence; pale: other codes, but no sound; E: EPAD"
+    )
     axes.tick_params(length=0)
     save(figure, path)
 

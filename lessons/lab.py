@@ -1,4 +1,5 @@
 """What the experiments of LESSONS.md share: the tiny checkpoint, its recordings, the loop, and two measures."""
+
 import sys
 from pathlib import Path
 
@@ -30,8 +31,13 @@ def recording(name: str, extra_seconds: float = 4) -> Tensor:
 
 
 @torch.no_grad()
-def talk(checkpoint: Checkpoint, sound: Tensor, seed: int | None = None, text: list[int] | None = None,
-         change=lambda codes: codes) -> tuple[Tensor, Tensor]:
+def talk(
+    checkpoint: Checkpoint,
+    sound: Tensor,
+    seed: int | None = None,
+    text: list[int] | None = None,
+    change=lambda codes: codes,
+) -> tuple[Tensor, Tensor]:
     """The duplex loop of lesson 10: sound [1, 1, T] -> tokens [9, F] and Moshi's sound [F * 1920].
 
     Greedy, or drawn with a `seed`. `text` forces a text token at each step, -2 leaves it free. `change` gets the

@@ -4,6 +4,7 @@ A ```python block is run in the namespace of its lesson, as if pasted into one P
 shell. What it prints stands in the ```text block under it, if there is one. With a lesson's number only that one is
 run. `--pictures` draws all pictures anew first.
 """
+
 import argparse
 import contextlib
 import io
@@ -11,8 +12,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = ROOT / "LESSONS.md"
@@ -62,7 +64,9 @@ def run_blocks(blocks: list[Block]) -> Iterator[tuple[Block, str]]:
 
 def main() -> None:
     """Rewrites LESSONS.md in place."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("lesson", type=int, nargs="?")
     parser.add_argument("--pictures", action="store_true")
     args = parser.parse_args()

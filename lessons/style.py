@@ -1,4 +1,5 @@
 """How the pictures look: dark lines on a light card, so that they can be read on a light and on a dark page."""
+
 import sys
 from pathlib import Path
 
@@ -11,10 +12,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 HERE = Path(__file__).resolve().parent
 USER, MOSHI, TEXT, QUIET = "#b4552d", "#2f6f9f", "#3d7a45", "#e4e2da"  # colours of who speaks, and of silence
 
-plt.rcParams.update({
-    "figure.facecolor": "#fbfaf6", "axes.facecolor": "#fbfaf6", "savefig.facecolor": "#fbfaf6", "font.size": 10,
-    "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "path", "svg.hashsalt": "moshi_min",
-    "figure.constrained_layout.use": True, "axes.titlesize": 10, "axes.titlelocation": "left"})
+plt.rcParams.update(
+    {
+        "figure.facecolor": "#fbfaf6",
+        "axes.facecolor": "#fbfaf6",
+        "savefig.facecolor": "#fbfaf6",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.fonttype": "path",
+        "svg.hashsalt": "moshi_min",
+        "figure.constrained_layout.use": True,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+    }
+)
 
 
 def save(figure, path: Path) -> None:

@@ -1,10 +1,11 @@
 """Draws lessons/window.svg: what each position of Helium's first layer looks at, inside its sliding window."""
+
 from pathlib import Path
 
 import torch
+from lab import recording, talk, tiny
 from style import HERE, plt, save
 
-from lab import recording, talk, tiny
 from mimi_min import rope
 from moshi_min import delay, embed
 
@@ -28,7 +29,13 @@ def draw(path: Path = HERE / "window.svg") -> None:
     axes[0].imshow((window.mask == 0).numpy(), cmap="Greys", vmax=2, interpolation="nearest")
     axes[0].set(title="the mask: the last 125 frames, 10 s", ylabel="frame that looks")
     for panel, head in zip(axes[1:], (0, 3)):
-        panel.imshow(weights[head].clamp(min=1e-4).log10().numpy(), cmap="magma_r", vmin=-4, vmax=0, interpolation="nearest")
+        panel.imshow(
+            weights[head].clamp(min=1e-4).log10().numpy(),
+            cmap="magma_r",
+            vmin=-4,
+            vmax=0,
+            interpolation="nearest",
+        )
         panel.set(title=f"head {head} of the first layer")
     for panel in axes:
         panel.set(xlabel="frame that is looked at", xticks=[0, 125, 249], yticks=[0, 125, 249])

@@ -8,6 +8,7 @@ A row gives the medians in milliseconds and ours over theirs. Nothing is asserte
          15.4 GB, and 1.6 GB of ring for each), with a nearly empty and with a full window
   memory the peak of a process that makes the model and runs a few steps, one process for each
 """
+
 import argparse
 import os
 import statistics
@@ -19,19 +20,30 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-SMALL = {"dim": 512, "num_heads": 8, "num_layers": 8, "context": 750, "depformer_dim": 256, "depformer_num_heads": 4,
-         "depformer_dim_feedforward": int(4.125 * 256)}
+SMALL = {
+    "dim": 512,
+    "num_heads": 8,
+    "num_layers": 8,
+    "context": 750,
+    "depformer_dim": 256,
+    "depformer_num_heads": 4,
+    "depformer_dim_feedforward": int(4.125 * 256),
+}
 
 
 def arguments():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--full", action="store_true", help="Moshi at the 7B shape, in bfloat16")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--only", choices=["mimi", "moshi", "memory"])
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--rounds", type=int, help="measurements of each, after a first one that is dropped")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)  # the child process: "ours moshi", "official mimi", ...
+    parser.add_argument(
+        "--measure", help=argparse.SUPPRESS
+    )  # the child process: "ours moshi", "official mimi", ...
     return parser.parse_args()
 
 
@@ -85,7 +97,9 @@ def make_mimi():
     """(ours, official) of the released size on random weights, 8 codebooks."""
     official = official_mimi(loaders._mimi_config, device=args.device, num_codebooks=8)
     with tempfile.TemporaryDirectory() as folder:
-        return load_mimi(save(official, Path(folder) / "mimi.safetensors"), MimiConfig(), 8, args.device), official
+        return load_mimi(
+            save(official, Path(folder) / "mimi.safetensors"), MimiConfig(), 8, args.device
+        ), official
 
 
 @torch.no_grad()
@@ -100,10 +114,18 @@ def bench_mimi():
     rounds = args.rounds or 60
     state, frame, code = init_state(ours, 1), pcm[..., :1920], codes[..., :1]
     with official.streaming(1):
-        race("Mimi encode, a frame of a stream", lambda: ours.encode(frame, state), lambda: official.encode(frame),
-             rounds)
-        race("Mimi decode, a frame of a stream", lambda: ours.decode(code, state), lambda: official.decode(code),
-             rounds)
+        race(
+            "Mimi encode, a frame of a stream",
+            lambda: ours.encode(frame, state),
+            lambda: official.encode(frame),
+            rounds,
+        )
+        race(
+            "Mimi decode, a frame of a stream",
+            lambda: ours.decode(code, state),
+            lambda: official.decode(code),
+            rounds,
+        )
 
 
 # ---- Moshi -----------------------------------------------------------------------------------------------------
@@ -121,7 +143,7 @@ def fill(tensor, scale):
     block = (torch.randn(1 << 20) * scale).to(tensor)
     flat = tensor.view(-1)
     for start in range(0, len(flat), len(block)):
-        flat[start:start + len(block)] = block[:len(flat) - start]
+        flat[start : start + len(block)] = block[: len(flat) - start]
 
 
 def make_moshi():
@@ -154,8 +176,11 @@ def set_position(module, position):
     """Make a streaming official model believe that it has run for `position` steps."""
     for part in module.modules():
         state = getattr(part, "_streaming_state", None)
-        for counter in (getattr(state, "offset", None), getattr(state, "offsets", None),
-                        getattr(getattr(state, "kv_cache", None), "end_offset", None)):
+        for counter in (
+            getattr(state, "offset", None),
+            getattr(state, "offsets", None),
+            getattr(getattr(state, "kv_cache", None), "end_offset", None),
+        ):
             if counter is not None and not getattr(part, "_streaming_detached", False):
                 counter.fill_(position)
 
@@ -173,10 +198,17 @@ def bench_moshi():
     with theirs.streaming(1):
         for _ in range(2):  # CUDA: eager once, then captured
             ours.step(user), theirs.step(user)
-        race(f"Moshi {shape}, a step, window nearly empty", lambda: ours.step(user), lambda: theirs.step(user), rounds)
+        race(
+            f"Moshi {shape}, a step, window nearly empty",
+            lambda: ours.step(user),
+            lambda: theirs.step(user),
+            rounds,
+        )
         ours.state[moshi.transformer]["position"].fill_(config.context + 7)
         set_position(official.transformer, config.context + 7)
-        race(f"Moshi {shape}, a step, window full", lambda: ours.step(user), lambda: theirs.step(user), rounds)
+        race(
+            f"Moshi {shape}, a step, window full", lambda: ours.step(user), lambda: theirs.step(user), rounds
+        )
     if args.device == "cuda":
         floor(moshi)
 
@@ -195,8 +227,10 @@ def floor(moshi):
         sync()
         times.append(time.perf_counter() - start)
     bandwidth = 2 * source.nbytes / statistics.median(times)  # read and written
-    print(f"memory floor of a step: {weights / 1e9:.2f} GB of weights / {bandwidth / 1e9:.0f} GB/s = "
-          f"{1000 * weights / bandwidth:.1f} ms")
+    print(
+        f"memory floor of a step: {weights / 1e9:.2f} GB of weights / {bandwidth / 1e9:.0f} GB/s = "
+        f"{1000 * weights / bandwidth:.1f} ms"
+    )
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------
@@ -245,7 +279,11 @@ def bench_memory():
                 return
             peaks.append(int(done.stdout.splitlines()[-1]))
         size = [f"{peak / 1e9:.2f} GB" for peak in peaks]
-        row(f"{'Mimi, 10 s' if what == 'mimi' else 'Moshi'}, peak memory of a process", *size, peaks[0] / peaks[1])
+        row(
+            f"{'Mimi, 10 s' if what == 'mimi' else 'Moshi'}, peak memory of a process",
+            *size,
+            peaks[0] / peaks[1],
+        )
 
 
 def main():
@@ -254,9 +292,13 @@ def main():
         torch.set_num_threads(args.threads)
     if args.measure:
         return measure(*args.measure.split())
-    place = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    place = (
+        torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
     print(f"torch {torch.__version__}, {place}\n")
-    print(f"| {'':<44} | {'ours':>10} | {'official':>10} | {'ratio':>5} |\n|{'-' * 46}|{'-' * 12}|{'-' * 12}|{'-' * 7}|")
+    print(
+        f"| {'':<44} | {'ours':>10} | {'official':>10} | {'ratio':>5} |\n|{'-' * 46}|{'-' * 12}|{'-' * 12}|{'-' * 7}|"
+    )
     for name, function in (("mimi", bench_mimi), ("moshi", bench_moshi), ("memory", bench_memory)):
         if args.only in (None, name):
             function()

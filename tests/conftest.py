@@ -1,4 +1,5 @@
 """What all tests share: where they run, the cuda marker, and a loud word when a reference is missing."""
+
 import importlib.util
 import os
 import sys
@@ -21,8 +22,12 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 REFERENCES = ("moshi", "transformers")
 NO_GPU = "no CUDA device on this machine"
 # One case for each place and precision where a test of the language model runs.
-PLACES = {"cpu": ("cpu", torch.float32), "cpu-bf16": ("cpu", torch.bfloat16),
-          "cuda": ("cuda", torch.float32), "cuda-bf16": ("cuda", torch.bfloat16)}
+PLACES = {
+    "cpu": ("cpu", torch.float32),
+    "cpu-bf16": ("cpu", torch.bfloat16),
+    "cuda": ("cuda", torch.float32),
+    "cuda-bf16": ("cuda", torch.bfloat16),
+}
 
 
 def missing_references():
@@ -35,17 +40,21 @@ def pytest_report_header(config):
     files = [ROOT / name for name in ("mimi_min.py", "moshi_min.py", "generate.py")]
     lines = [len(path.read_text().splitlines()) if path.exists() else 0 for path in files]
     missing = ", ".join(missing_references())
-    return [f"references: {'MISSING: ' + missing if missing else ', '.join(REFERENCES)}; "
-            f"CUDA: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}; "
-            f"lines: {' + '.join(map(str, lines))} = {sum(lines)} of 1,500"]
+    return [
+        f"references: {'MISSING: ' + missing if missing else ', '.join(REFERENCES)}; "
+        f"CUDA: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}; "
+        f"lines: {' + '.join(map(str, lines))} = {sum(lines)} of 1,500"
+    ]
 
 
 def pytest_terminal_summary(terminalreporter):
     """Nobody should read a green line as proof when nothing was compared."""
     if missing_references():
         terminalreporter.section("NOT COMPARED", red=True, bold=True)
-        terminalreporter.line(f"not installed: {', '.join(missing_references())}. The tests that compare with them "
-                              "were skipped; `make test` installs them.")
+        terminalreporter.line(
+            f"not installed: {', '.join(missing_references())}. The tests that compare with them "
+            "were skipped; `make test` installs them."
+        )
     elif found := sorted(sys.modules["reference"].MEASURED.items() if "reference" in sys.modules else []):
         terminalreporter.section("largest differences from the references")
         for (test, what), value in found:

@@ -3,6 +3,7 @@
 It babbles. But everything in it matters: codebooks, usages, LayerScales and norms are random too, so that sound comes
 out and no part can be left away unnoticed. The official package opens the same folder.
 """
+
 import argparse
 import io
 import json
@@ -16,8 +17,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mimi_min import Mimi, MimiConfig, official_names, save_mimi  # noqa: E402
-from moshi_min import (MIMI_FILE, MOSHI_FILE, MOSHI_NAMES, TOKENIZER_FILE, Moshi, MoshiConfig,  # noqa: E402
-                       save_moshi)
+from moshi_min import (
+    MIMI_FILE,
+    MOSHI_FILE,
+    MOSHI_NAMES,
+    TOKENIZER_FILE,
+    Moshi,
+    MoshiConfig,  # noqa: E402
+    save_moshi,
+)
 
 SENTENCES = """Hello, what can I do for you today? I am listening while I speak, and I speak while I am listening.
 The codec turns sound into a few small numbers, twelve and a half times a second, and back again.
@@ -26,27 +34,77 @@ Nothing here was ever trained, so please do not expect an answer that makes sens
 
 # The official Mimi configuration, sizes small; the rates are the released ones.
 MIMI = {
-    "sample_rate": 24000, "channels": 1, "frame_rate": 12.5,
+    "sample_rate": 24000,
+    "channels": 1,
+    "frame_rate": 12.5,
     "seanet": {
-        "channels": 1, "dimension": 64, "causal": True, "n_filters": 8, "n_residual_layers": 1, "activation": "ELU",
-        "compress": 2, "dilation_base": 2, "disable_norm_outer_blocks": 0, "kernel_size": 7,
-        "residual_kernel_size": 3, "last_kernel_size": 3, "norm": "none", "pad_mode": "constant",
-        "ratios": [8, 6, 5, 4], "true_skip": True},
+        "channels": 1,
+        "dimension": 64,
+        "causal": True,
+        "n_filters": 8,
+        "n_residual_layers": 1,
+        "activation": "ELU",
+        "compress": 2,
+        "dilation_base": 2,
+        "disable_norm_outer_blocks": 0,
+        "kernel_size": 7,
+        "residual_kernel_size": 3,
+        "last_kernel_size": 3,
+        "norm": "none",
+        "pad_mode": "constant",
+        "ratios": [8, 6, 5, 4],
+        "true_skip": True,
+    },
     "quantizer": {"dimension": 16, "n_q": 10, "bins": 64, "input_dimension": 64, "output_dimension": 64},
     "transformer": {
-        "d_model": 64, "num_heads": 4, "num_layers": 2, "causal": True, "layer_scale": 0.01, "context": 250,
-        "conv_layout": True, "max_period": 10000, "gating": "none", "norm": "layer_norm",
-        "positional_embedding": "rope", "dim_feedforward": 128, "input_dimension": 64, "output_dimensions": [64]}}
+        "d_model": 64,
+        "num_heads": 4,
+        "num_layers": 2,
+        "causal": True,
+        "layer_scale": 0.01,
+        "context": 250,
+        "conv_layout": True,
+        "max_period": 10000,
+        "gating": "none",
+        "norm": "layer_norm",
+        "positional_embedding": "rope",
+        "dim_feedforward": 128,
+        "input_dimension": 64,
+        "output_dimensions": [64],
+    },
+}
 
 # The official configuration of the language model, sizes small; streams and delays are the released ones.
 MOSHI = {
-    "dim": 64, "text_card": 320, "existing_text_padding_id": 3, "n_q": 16, "dep_q": 8, "card": 64, "num_heads": 4,
-    "num_layers": 3, "hidden_scale": 4.125, "causal": True, "layer_scale": None, "context": 100, "max_period": 10000,
-    "gating": "silu", "norm": "rms_norm_f32", "positional_embedding": "rope", "depformer_dim": 32,
-    "depformer_dim_feedforward": 132, "depformer_num_heads": 4, "depformer_num_layers": 2,
-    "depformer_layer_scale": None, "depformer_multi_linear": True, "depformer_context": 8,
-    "depformer_max_period": 10000, "depformer_gating": "silu", "depformer_pos_emb": "none",
-    "depformer_weights_per_step": True, "delays": [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1]}
+    "dim": 64,
+    "text_card": 320,
+    "existing_text_padding_id": 3,
+    "n_q": 16,
+    "dep_q": 8,
+    "card": 64,
+    "num_heads": 4,
+    "num_layers": 3,
+    "hidden_scale": 4.125,
+    "causal": True,
+    "layer_scale": None,
+    "context": 100,
+    "max_period": 10000,
+    "gating": "silu",
+    "norm": "rms_norm_f32",
+    "positional_embedding": "rope",
+    "depformer_dim": 32,
+    "depformer_dim_feedforward": 132,
+    "depformer_num_heads": 4,
+    "depformer_num_layers": 2,
+    "depformer_layer_scale": None,
+    "depformer_multi_linear": True,
+    "depformer_context": 8,
+    "depformer_max_period": 10000,
+    "depformer_gating": "silu",
+    "depformer_pos_emb": "none",
+    "depformer_weights_per_step": True,
+    "delays": [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1],
+}
 
 
 @torch.no_grad()
@@ -101,13 +159,29 @@ def make_tokenizer(path: Path, size: int) -> None:
     """A SentencePiece model of `size` pieces, single bytes among them: unk 0, bos 1, eos 2, pad 3 as released."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES.splitlines()), model_writer=model, vocab_size=size, model_type="bpe",
-        byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=3, minloglevel=2)
+        sentence_iterator=iter(SENTENCES.splitlines()),
+        model_writer=model,
+        vocab_size=size,
+        model_type="bpe",
+        byte_fallback=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        minloglevel=2,
+    )
     path.write_bytes(model.getvalue())
 
 
-def make_random_checkpoint(folder, released_mimi: bool = False, seed: int = 0, lm_gen_config: dict | None = None,
-                           stt_config: dict | None = None, tokenizer: bool = True, **changes) -> Path:
+def make_random_checkpoint(
+    folder,
+    released_mimi: bool = False,
+    seed: int = 0,
+    lm_gen_config: dict | None = None,
+    stt_config: dict | None = None,
+    tokenizer: bool = True,
+    **changes,
+) -> Path:
     """Writes the folder. `changes` are official keys of the language model; `released_mimi` takes Mimi's full size."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,5 +239,9 @@ if __name__ == "__main__":
     parser.add_argument("--released-mimi", action="store_true", help="Mimi in its released size (320 MB)")
     parser.add_argument("--full", action="store_true", help="everything in its released size (15.7 GB)")
     args = parser.parse_args()
-    print("wrote", make_full_checkpoint(args.folder) if args.full
-          else make_random_checkpoint(args.folder, args.released_mimi))
+    print(
+        "wrote",
+        make_full_checkpoint(args.folder)
+        if args.full
+        else make_random_checkpoint(args.folder, args.released_mimi),
+    )

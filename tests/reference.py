@@ -4,6 +4,7 @@ A default-initialised official model proves nothing: its codebooks are zero, its
 So every parameter and buffer gets a random value of a size that matters in the output. Our models always come out
 of a file that the official model's state dict was saved to, so that each test also goes through the loader.
 """
+
 import copy
 import importlib
 import math
@@ -26,8 +27,10 @@ def require(name):
     except ImportError:
         if os.environ.get("CI"):
             raise
-        pytest.skip(f"the reference package {name.split('.')[0]} is not installed: NOTHING IN THIS FILE IS COMPARED",
-                    allow_module_level=True)
+        pytest.skip(
+            f"the reference package {name.split('.')[0]} is not installed: NOTHING IN THIS FILE IS COMPARED",
+            allow_module_level=True,
+        )
 
 
 loaders = require("moshi.models.loaders")
@@ -37,30 +40,88 @@ LMGen = require("moshi.models.lm").LMGen
 # ---- configurations --------------------------------------------------------------------------------------------
 
 
-def mimi_config(dim=32, filters=4, ratios=(4, 3, 2), heads=4, layers=2, context=10, feedforward=48, codebooks=6,
-                codebook_size=40, codebook_dim=12, kernels=(7, 3, 3), max_period=10000, positions=2):
+def mimi_config(
+    dim=32,
+    filters=4,
+    ratios=(4, 3, 2),
+    heads=4,
+    layers=2,
+    context=10,
+    feedforward=48,
+    codebooks=6,
+    codebook_size=40,
+    codebook_dim=12,
+    kernels=(7, 3, 3),
+    max_period=10000,
+    positions=2,
+):
     """An official Mimi configuration; a frame is `positions` positions of the transformers."""
     hop = math.prod(ratios)
     return {
-        "sample_rate": 48 * hop, "channels": 1, "frame_rate": 48 / positions,
+        "sample_rate": 48 * hop,
+        "channels": 1,
+        "frame_rate": 48 / positions,
         "seanet": {
-            "channels": 1, "dimension": dim, "causal": True, "n_filters": filters, "n_residual_layers": 1,
-            "activation": "ELU", "compress": 2, "dilation_base": 2, "disable_norm_outer_blocks": 0,
-            "kernel_size": kernels[0], "residual_kernel_size": kernels[1], "last_kernel_size": kernels[2],
-            "norm": "none", "pad_mode": "constant", "ratios": list(ratios), "true_skip": True},
-        "quantizer": {"dimension": codebook_dim, "n_q": codebooks, "bins": codebook_size,
-                      "input_dimension": dim, "output_dimension": dim},
+            "channels": 1,
+            "dimension": dim,
+            "causal": True,
+            "n_filters": filters,
+            "n_residual_layers": 1,
+            "activation": "ELU",
+            "compress": 2,
+            "dilation_base": 2,
+            "disable_norm_outer_blocks": 0,
+            "kernel_size": kernels[0],
+            "residual_kernel_size": kernels[1],
+            "last_kernel_size": kernels[2],
+            "norm": "none",
+            "pad_mode": "constant",
+            "ratios": list(ratios),
+            "true_skip": True,
+        },
+        "quantizer": {
+            "dimension": codebook_dim,
+            "n_q": codebooks,
+            "bins": codebook_size,
+            "input_dimension": dim,
+            "output_dimension": dim,
+        },
         "transformer": {
-            "d_model": dim, "num_heads": heads, "num_layers": layers, "causal": True, "layer_scale": 0.01,
-            "context": context, "conv_layout": True, "max_period": max_period, "gating": "none", "norm": "layer_norm",
-            "positional_embedding": "rope", "dim_feedforward": feedforward, "input_dimension": dim,
-            "output_dimensions": [dim]}}
+            "d_model": dim,
+            "num_heads": heads,
+            "num_layers": layers,
+            "causal": True,
+            "layer_scale": 0.01,
+            "context": context,
+            "conv_layout": True,
+            "max_period": max_period,
+            "gating": "none",
+            "norm": "layer_norm",
+            "positional_embedding": "rope",
+            "dim_feedforward": feedforward,
+            "input_dimension": dim,
+            "output_dimensions": [dim],
+        },
+    }
 
 
 MIMI = {
     "small": mimi_config(),
-    "odd": mimi_config(dim=24, filters=6, ratios=(5, 2), heads=2, layers=3, context=7, feedforward=40, codebooks=3,
-                       codebook_size=17, codebook_dim=10, kernels=(5, 5, 1), max_period=500, positions=3),
+    "odd": mimi_config(
+        dim=24,
+        filters=6,
+        ratios=(5, 2),
+        heads=2,
+        layers=3,
+        context=7,
+        feedforward=40,
+        codebooks=3,
+        codebook_size=17,
+        codebook_dim=10,
+        kernels=(5, 5, 1),
+        max_period=500,
+        positions=3,
+    ),
     "released": copy.deepcopy(loaders._mimi_config),
 }
 
@@ -68,13 +129,35 @@ MIMI = {
 def lm_config(**changes):
     """A small official configuration of the language model, with the options of the released one."""
     config = {
-        "dim": 32, "text_card": 40, "existing_text_padding_id": 3, "n_q": 6, "dep_q": 3, "card": 24, "num_heads": 4,
-        "num_layers": 3, "hidden_scale": 4.125, "causal": True, "layer_scale": None, "context": 12,
-        "max_period": 10000, "gating": "silu", "norm": "rms_norm_f32", "positional_embedding": "rope",
-        "depformer_dim": 24, "depformer_dim_feedforward": int(4.125 * 24), "depformer_num_heads": 2,
-        "depformer_num_layers": 2, "depformer_layer_scale": None, "depformer_multi_linear": True,
-        "depformer_context": 3, "depformer_max_period": 10000, "depformer_gating": "silu",
-        "depformer_pos_emb": "none", "depformer_weights_per_step": True, "delays": [0, 0, 1, 1, 0, 1, 1]}
+        "dim": 32,
+        "text_card": 40,
+        "existing_text_padding_id": 3,
+        "n_q": 6,
+        "dep_q": 3,
+        "card": 24,
+        "num_heads": 4,
+        "num_layers": 3,
+        "hidden_scale": 4.125,
+        "causal": True,
+        "layer_scale": None,
+        "context": 12,
+        "max_period": 10000,
+        "gating": "silu",
+        "norm": "rms_norm_f32",
+        "positional_embedding": "rope",
+        "depformer_dim": 24,
+        "depformer_dim_feedforward": int(4.125 * 24),
+        "depformer_num_heads": 2,
+        "depformer_num_layers": 2,
+        "depformer_layer_scale": None,
+        "depformer_multi_linear": True,
+        "depformer_context": 3,
+        "depformer_max_period": 10000,
+        "depformer_gating": "silu",
+        "depformer_pos_emb": "none",
+        "depformer_weights_per_step": True,
+        "delays": [0, 0, 1, 1, 0, 1, 1],
+    }
     config.update(changes)
     return {key: value for key, value in config.items() if value != "absent"}
 
@@ -82,13 +165,26 @@ def lm_config(**changes):
 LM = {
     "small": lm_config(),
     # Grouped queries in both transformers (the depth decoder inherits the option), 4 * dim feed-forwards.
-    "gqa_wide": lm_config(dim=48, num_heads=6, kv_repeat=3, hidden_scale=4, depformer_num_heads=6,
-                          depformer_dim_feedforward=4 * 24, max_period=200),
+    "gqa_wide": lm_config(
+        dim=48,
+        num_heads=6,
+        kv_repeat=3,
+        hidden_scale=4,
+        depformer_num_heads=6,
+        depformer_dim_feedforward=4 * 24,
+        max_period=200,
+    ),
     # Grouped queries in the temporal transformer alone; delays of every kind, the text's among them.
     "uneven": lm_config(kv_repeat=2, depformer_kv_repeat=1, delays=[1, 0, 3, 2, 0, 4, 2]),
     # As many of Moshi's codebooks as there are: no user at all; the depth feed-forward from hidden_scale.
-    "all_own": lm_config(n_q=4, dep_q=4, delays=[0, 2, 1, 3, 0], depformer_context=4, hidden_scale=3.5,
-                         depformer_dim_feedforward="absent"),
+    "all_own": lm_config(
+        n_q=4,
+        dep_q=4,
+        delays=[0, 2, 1, 3, 0],
+        depformer_context=4,
+        hidden_scale=3.5,
+        depformer_dim_feedforward="absent",
+    ),
     # dep_q is not half of n_q.
     "more_own": lm_config(n_q=7, dep_q=5, delays=[2, 0, 1, 1, 1, 1, 0, 1], depformer_context=5, context=9),
     "two_own": lm_config(n_q=3, dep_q=2, delays=[0, 1, 0, 2], depformer_context=2),
@@ -125,11 +221,15 @@ def randomise(model, seed):
             value = _normal(tensor, 0.1, generator)
         elif "emb" in name:
             value = _normal(tensor, 0.5, generator)
-        elif "convtr" in name:  # [in, out / groups, kernel]: an output sums in * kernel / stride = 2 * in of them
+        elif (
+            "convtr" in name
+        ):  # [in, out / groups, kernel]: an output sums in * kernel / stride = 2 * in of them
             groups = 1 if tensor.shape[1] > 1 or tensor.shape[0] == 1 else tensor.shape[0]
             value = _normal(tensor, 1.3 / math.sqrt(2 * tensor.shape[0] / groups), generator)
         else:
-            gain = 2.5 if name.startswith("text_linear") else 1.3 if "linears" in name or "conv" in name else 1.0
+            gain = (
+                2.5 if name.startswith("text_linear") else 1.3 if "linears" in name or "conv" in name else 1.0
+            )
             value = _normal(tensor, gain / math.sqrt(tensor[0].numel()), generator)
         tensor.copy_(value)
     for name, module in model.named_modules():
@@ -175,8 +275,10 @@ def old_names(state):
     """The same tensors under the older names of the released files: attention projections stacked in one tensor."""
     out, stacks = {}, {}
     for name, tensor in state.items():
-        for new, old in ((".self_attn.in_projs.", ".self_attn.in_proj_weight"),
-                         (".self_attn.out_projs.", ".self_attn.out_proj.weight")):
+        for new, old in (
+            (".self_attn.in_projs.", ".self_attn.in_proj_weight"),
+            (".self_attn.out_projs.", ".self_attn.out_proj.weight"),
+        ):
             if new in name:
                 prefix, rest = name.split(new)
                 stacks.setdefault(prefix + old, {})[int(rest.split(".")[0])] = tensor
@@ -219,7 +321,9 @@ def error(ours, theirs):
     """The largest difference, relative to the reference's peak."""
     ours, theirs = ours.detach().double().cpu(), theirs.detach().double().cpu()
     assert ours.shape == theirs.shape, f"shapes differ: {tuple(ours.shape)} and {tuple(theirs.shape)}"
-    assert theirs.numel() and theirs.abs().max() > 0 and torch.isfinite(theirs).all(), "the reference shows nothing"
+    assert theirs.numel() and theirs.abs().max() > 0 and torch.isfinite(theirs).all(), (
+        "the reference shows nothing"
+    )
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
@@ -246,7 +350,7 @@ def same_codes(ours, theirs, official, latent, most=0.01):
     for part, first in ((quantizer.rvq_first, 0), (quantizer.rvq_rest, 1)):
         residual = part.input_proj(latent).transpose(1, 2).double()  # [B, F, d]
         differed = torch.zeros_like(ours[:, 0], dtype=torch.bool)  # [B, F]
-        for k, layer in enumerate(part.vq.layers[:part.n_q]):
+        for k, layer in enumerate(part.vq.layers[: part.n_q]):
             centroids = layer.embedding.double()
             a, b = centroids[ours[:, first + k]], centroids[theirs[:, first + k]]
             new = (ours[:, first + k] != theirs[:, first + k]) & ~differed
@@ -254,7 +358,8 @@ def same_codes(ours, theirs, official, latent, most=0.01):
             gap = ((far - near).abs() / near)[new]
             assert (gap < TIE).all(), (
                 f"codebook {first + k}: {int((gap >= TIE).sum())} codes differ and are no ties, first at (batch, frame)"
-                f" {new.nonzero()[gap >= TIE][0].tolist()}, distances apart by {gap.max():.1e} of the smaller")
+                f" {new.nonzero()[gap >= TIE][0].tolist()}, distances apart by {gap.max():.1e} of the smaller"
+            )
             ties, differed, residual = ties + int(new.sum()), differed | new, residual - b
     measured("ties, share of the codes", ties / ours.numel())
     assert ties <= max(1, most * ours.numel()), f"{ties} ties in {ours.numel()} codes are too many to be ties"
@@ -285,7 +390,9 @@ class ForcedLMGen(LMGen):
         with self.lm_model.depformer.streaming(len(text_token)):
             for k in range(self.lm_model.dep_q):
                 logits = self.lm_model.forward_depformer(k, previous[:, None, None], transformer_out)
-                token = sampling.sample_token(logits.float(), self.use_sampling, self.temp, self.top_k)[:, 0, 0]
+                token = sampling.sample_token(logits.float(), self.use_sampling, self.temp, self.top_k)[
+                    :, 0, 0
+                ]
                 if self.audio is not None:
                     token = torch.where(self.audio[:, k] == -2, token, self.audio[:, k])
                 tokens.append(token)
@@ -352,14 +459,17 @@ def finetune_loss(output, codes, lm, text_padding_weight=0.5, first_codebook_wei
     Each is a weighted mean of cross-entropies over the valid targets: a text token that is padding (PAD or EPAD)
     counts `text_padding_weight`, one of the first codebook `first_codebook_weight`, any other 1.
     """
+
     def mean(logits, mask, target, weight):
         entropy = F.cross_entropy(logits[mask].float(), target[mask], reduction="none")
         return (entropy * weight[mask]).sum() / weight[mask].sum()
 
-    text, audio = codes[:, :1], codes[:, 1:1 + lm.dep_q]
+    text, audio = codes[:, :1], codes[:, 1 : 1 + lm.dep_q]
     padding = (text == lm.text_padding_token_id) | (text == lm.end_of_text_padding_id)
     text_weight = torch.where(padding, text_padding_weight, 1.0)
     audio_weight = torch.ones_like(audio, dtype=torch.float32)
     audio_weight[:, 0] = first_codebook_weight
-    return (mean(output.text_logits, output.text_mask, text, text_weight),
-            mean(output.logits, output.mask, audio, audio_weight))
+    return (
+        mean(output.text_logits, output.text_mask, text, text_weight),
+        mean(output.logits, output.mask, audio, audio_weight),
+    )

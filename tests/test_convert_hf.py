@@ -4,6 +4,7 @@ What is compared, in order: the codec, the logits of both transformers, generati
 each result, since the format is its own. Hugging Face's `forward` neither delays nor shifts, so the raw halves
 `Moshi.temporal` and `Moshi.depth` are its counterparts; its depth decoder is causal under sdpa only.
 """
+
 import json
 import math
 import os
@@ -13,13 +14,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import reference
 import torch
+from reference import LMGen, close, loaders, same_codes
 from safetensors.torch import load_file, save_file
 
-import reference
 from mimi_min import MimiConfig, load_mimi
-from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, MoshiGen, gated_width, load_checkpoint, load_moshi
-from reference import LMGen, close, loaders, same_codes
+from moshi_min import (
+    MIMI_FILE,
+    MOSHI_FILE,
+    TOKENIZER_FILE,
+    MoshiGen,
+    gated_width,
+    load_checkpoint,
+    load_moshi,
+)
 
 transformers = reference.require("transformers")
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,25 +36,70 @@ sys.path.insert(0, str(ROOT / "tools"))
 import convert_hf  # noqa: E402
 
 # A codec with 10 positions of context (5 frames), so that a second of sound is far past it.
-CODEC = dict(hidden_size=24, num_filters=6, upsampling_ratios=[5, 2], kernel_size=5, last_kernel_size=5,
-             residual_kernel_size=3, codebook_size=32, codebook_dim=10, vector_quantization_hidden_dimension=10,
-             num_quantizers=5, upsample_groups=24, num_hidden_layers=2, intermediate_size=40, num_attention_heads=3,
-             num_key_value_heads=3, sliding_window=10, sampling_rate=480,
-             rope_parameters={"rope_type": "default", "rope_theta": 700.0})
+CODEC = dict(
+    hidden_size=24,
+    num_filters=6,
+    upsampling_ratios=[5, 2],
+    kernel_size=5,
+    last_kernel_size=5,
+    residual_kernel_size=3,
+    codebook_size=32,
+    codebook_dim=10,
+    vector_quantization_hidden_dimension=10,
+    num_quantizers=5,
+    upsample_groups=24,
+    num_hidden_layers=2,
+    intermediate_size=40,
+    num_attention_heads=3,
+    num_key_value_heads=3,
+    sliding_window=10,
+    sampling_rate=480,
+    rope_parameters={"rope_type": "default", "rope_theta": 700.0},
+)
 MODELS = {
     # Grouped queries in both transformers, an odd number of hidden units, a rotary period of its own.
     "grouped": dict(
-        vocab_size=45, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, ffn_dim=2 * 53,
-        num_codebooks=3, sliding_window=70, max_position_embeddings=100, audio_encoder_config=CODEC,
+        vocab_size=45,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        ffn_dim=2 * 53,
+        num_codebooks=3,
+        sliding_window=70,
+        max_position_embeddings=100,
+        audio_encoder_config=CODEC,
         rope_parameters={"rope_type": "default", "rope_theta": 300.0},
-        depth_decoder_config=dict(hidden_size=20, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-                                  ffn_dim=2 * 29, max_position_embeddings=4, sliding_window=3)),
+        depth_decoder_config=dict(
+            hidden_size=20,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            ffn_dim=2 * 29,
+            max_position_embeddings=4,
+            sliding_window=3,
+        ),
+    ),
     # No groups. Hidden units that the official rule gives at 4 * dim, and, in the depth decoder, 8 / 3 of the width.
     "plain": dict(
-        vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=2 * 84, num_codebooks=4,
-        sliding_window=80, max_position_embeddings=100, audio_encoder_config=CODEC,
-        depth_decoder_config=dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=3, ffn_dim=2 * 64,
-                                  max_position_embeddings=5, sliding_window=4)),
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=2 * 84,
+        num_codebooks=4,
+        sliding_window=80,
+        max_position_embeddings=100,
+        audio_encoder_config=CODEC,
+        depth_decoder_config=dict(
+            hidden_size=24,
+            num_hidden_layers=3,
+            num_attention_heads=3,
+            ffn_dim=2 * 64,
+            max_position_embeddings=5,
+            sliding_window=4,
+        ),
+    ),
 }
 
 
@@ -54,7 +108,10 @@ def randomise(model, seed):
     """Every parameter and buffer of a Hugging Face model gets a value that shows in the output."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
-        uniform, normal = torch.rand(tensor.shape, generator=generator), torch.randn(tensor.shape, generator=generator)
+        uniform, normal = (
+            torch.rand(tensor.shape, generator=generator),
+            torch.randn(tensor.shape, generator=generator),
+        )
         if "inv_freq" in name or not tensor.is_floating_point():
             continue
         if name.endswith("initialized"):
@@ -71,7 +128,9 @@ def randomise(model, seed):
             tensor.copy_(normal * 0.5)
         else:  # the depth decoder's are stacked: [codebook, out, in]
             fan_in = tensor.shape[-1] if tensor.dim() == 2 or "depth" in name else tensor[0].numel()
-            tensor.copy_(normal * (2.5 if "lm_head" in name else 1.3 if "conv" in name else 1.0) / math.sqrt(fan_in))
+            tensor.copy_(
+                normal * (2.5 if "lm_head" in name else 1.3 if "conv" in name else 1.0) / math.sqrt(fan_in)
+            )
     return model.eval().requires_grad_(False)
 
 
@@ -84,8 +143,12 @@ def hf_moshi(name):
 
 def run_tool(folder, out):
     """The tool as its user runs it: (exit code, stdout, stderr)."""
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / "convert_hf.py"), str(folder), str(out)],
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "convert_hf.py"), str(folder), str(out)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -95,7 +158,9 @@ def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     model = hf_moshi(request.param)
     model.save_pretrained(folder / "hf", max_shard_size="60KB" if request.param == "grouped" else "5GB")
-    assert (folder / "hf" / "model.safetensors").exists() == (request.param == "plain"), "both ways must be tried"
+    assert (folder / "hf" / "model.safetensors").exists() == (request.param == "plain"), (
+        "both ways must be tried"
+    )
     said = convert_hf.convert(folder / "hf", folder / "out")
     assert "no SentencePiece file" in said
     return model, load_checkpoint(folder / "out", dtype=torch.float32), folder
@@ -105,7 +170,9 @@ def tokens(config, frames, batch=2, seed=5):
     """Random tokens [B, 1 + n_q, F] of all streams, the initial ones among them."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(config.text_card + 1, (batch, 1, frames), generator=generator)
-    return torch.cat([text, torch.randint(config.card + 1, (batch, config.n_q, frames), generator=generator)], dim=1)
+    return torch.cat(
+        [text, torch.randint(config.card + 1, (batch, config.n_q, frames), generator=generator)], dim=1
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- codec
@@ -150,7 +217,12 @@ def test_codec_alone(tmp_path):
     assert (code, err) == (0, "") and "SentencePiece" not in out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([MIMI_FILE, "mimi.json"])
     config = MimiConfig.from_dict(json.loads((tmp_path / "out" / "mimi.json").read_text()))
-    assert (config.ratios, config.context, config.max_period, config.total_codebooks) == ((5, 2), 10, 700.0, 5)
+    assert (config.ratios, config.context, config.max_period, config.total_codebooks) == (
+        (5, 2),
+        10,
+        700.0,
+        5,
+    )
     compare_codec(model, load_mimi(tmp_path / "out" / MIMI_FILE, config, 5), official_mimi(tmp_path / "out"))
 
 
@@ -165,13 +237,23 @@ def test_released_codec_config():
 
 def test_released_language_model_config():
     """The same for the language model: the defaults are the 7B's."""
-    for given, depth in ((transformers.MoshiConfig(audio_encoder_config={"model_type": "mimi"},
-                                                   depth_decoder_config={}).to_dict(),
-                          transformers.MoshiDepthConfig().to_dict()), ({}, {})):
+    for given, depth in (
+        (
+            transformers.MoshiConfig(
+                audio_encoder_config={"model_type": "mimi"}, depth_decoder_config={}
+            ).to_dict(),
+            transformers.MoshiDepthConfig().to_dict(),
+        ),
+        ({}, {}),
+    ):
         config, official = convert_hf.moshi_config(given, depth, "x")
         assert config == convert_hf.MoshiConfig()
-        assert convert_hf.MoshiConfig.from_dict({
-            key: value for key, value in official.items() if not re.search("_name|model_type", key)}) == config
+        assert (
+            convert_hf.MoshiConfig.from_dict(
+                {key: value for key, value in official.items() if not re.search("_name|model_type", key)}
+            )
+            == config
+        )
         assert (official["hidden_scale"], official["depformer_dim_feedforward"]) == (4.125, 4224)
 
 
@@ -206,7 +288,9 @@ def test_text_logits(pair):
     """Helium on all streams, with the grouped queries and the rotary order."""
     model, checkpoint, _ = pair
     codes, K = tokens(checkpoint.moshi.config, 40), model.num_codebooks
-    theirs = model(input_ids=codes[:, 0], moshi_audio_codes=codes[:, 1 : 1 + K], user_audio_codes=codes[:, 1 + K :])
+    theirs = model(
+        input_ids=codes[:, 0], moshi_audio_codes=codes[:, 1 : 1 + K], user_audio_codes=codes[:, 1 + K :]
+    )
     with torch.no_grad():
         hidden, logits = checkpoint.moshi.temporal(codes)
     close(hidden, theirs.last_hidden_state.view_as(hidden))
@@ -253,8 +337,14 @@ def silent_frame(mimi, batch=1):
 
 def hf_generate(model, steps, **inputs):
     """Greedy text tokens [B, ...] and audio codes [B, K, ...] of Hugging Face."""
-    made = model.generate(**inputs, max_new_tokens=steps, do_sample=False, depth_decoder_do_sample=False,
-                          return_audio_waveforms=False, return_audio_codes=True)
+    made = model.generate(
+        **inputs,
+        max_new_tokens=steps,
+        do_sample=False,
+        depth_decoder_do_sample=False,
+        return_audio_waveforms=False,
+        return_audio_codes=True,
+    )
     return made.sequences, made.audio_codes
 
 
@@ -294,10 +384,20 @@ def test_prefill(pair):
     model, checkpoint, _ = pair
     config, K, F, steps = checkpoint.moshi.config, model.num_codebooks, 9, 25
     generator = torch.Generator().manual_seed(11)
-    history = torch.cat([torch.randint(config.text_card, (2, 1, F), generator=generator),
-                         torch.randint(config.card, (2, 2 * K, F), generator=generator)], dim=1)
-    text, audio = hf_generate(model, steps, input_ids=history[:, 0], moshi_audio_codes=history[:, 1 : 1 + K],
-                              user_audio_codes=history[:, 1 + K :])
+    history = torch.cat(
+        [
+            torch.randint(config.text_card, (2, 1, F), generator=generator),
+            torch.randint(config.card, (2, 2 * K, F), generator=generator),
+        ],
+        dim=1,
+    )
+    text, audio = hf_generate(
+        model,
+        steps,
+        input_ids=history[:, 0],
+        moshi_audio_codes=history[:, 1 : 1 + K],
+        user_audio_codes=history[:, 1 + K :],
+    )
     ours = MoshiGen(checkpoint.moshi, batch_size=2, greedy=True)
     first = ours.prefill(history)
     assert first.equal(history[:, : 1 + K, -1:]), "the last frame of the history comes back"
@@ -324,7 +424,9 @@ def test_dtype_and_tokenizer(tmp_path):
     assert (out / TOKENIZER_FILE).read_bytes() == b"as it is"
     for name in (MOSHI_FILE, MIMI_FILE):
         assert {tensor.dtype for tensor in load_file(out / name).values()} == {torch.bfloat16}
-    config = convert_hf.moshi_config(model.config.to_dict(), model.config.depth_decoder_config.to_dict(), "x")[0]
+    config = convert_hf.moshi_config(
+        model.config.to_dict(), model.config.depth_decoder_config.to_dict(), "x"
+    )[0]
     moshi = load_moshi(out / MOSHI_FILE, config, dtype=None)
     assert moshi.text_emb.weight.equal(model.decoder.model.embed_tokens.weight)
     assert moshi.depth_decoder.output_proj.equal(model.depth_decoder.lm_heads.weight)
@@ -355,31 +457,65 @@ BAD = {  # what is done to a good folder -> what the line says
     "config is no json": (lambda f: (f / "config.json").write_text("{"), "not a JSON file"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
     "other model": (lambda f: change_json(f / "config.json", model_type="llama"), "model_type 'llama'"),
-    "other class": (lambda f: change_json(f / "config.json", architectures=["MoshiForCausalLM"]), "MoshiForCausalLM"),
+    "other class": (
+        lambda f: change_json(f / "config.json", architectures=["MoshiForCausalLM"]),
+        "MoshiForCausalLM",
+    ),
     "odd heads": (lambda f: change_json(f / "config.json", num_key_value_heads=5), "key and value heads"),
-    "text size": (lambda f: change_json(f / "config.json", num_hidden_layers="two"), "num_layers cannot be 'two'"),
+    "text size": (
+        lambda f: change_json(f / "config.json", num_hidden_layers="two"),
+        "num_layers cannot be 'two'",
+    ),
     "activation": (lambda f: change_json(f / "config.json", hidden_act="relu"), "hidden_act is 'relu'"),
     "norm": (lambda f: change_json(f / "config.json", rms_norm_eps=1e-5), "rms_norm_eps is 1e-05"),
-    "codec norm": (lambda f: change_json(f / "config.json", audio_encoder_config__norm_eps=1e-6), "norm_eps is 1e-06"),
+    "codec norm": (
+        lambda f: change_json(f / "config.json", audio_encoder_config__norm_eps=1e-6),
+        "norm_eps is 1e-06",
+    ),
     "codec of two semantic codebooks": (
-        lambda f: change_json(f / "config.json", audio_encoder_config__num_semantic_quantizers=2), "is 2, but only 1"),
+        lambda f: change_json(f / "config.json", audio_encoder_config__num_semantic_quantizers=2),
+        "is 2, but only 1",
+    ),
     "codec with groups": (
-        lambda f: change_json(f / "config.json", audio_encoder_config__num_key_value_heads=1), "num_key_value_heads is 1, but only 3 is possible"),
+        lambda f: change_json(f / "config.json", audio_encoder_config__num_key_value_heads=1),
+        "num_key_value_heads is 1, but only 3 is possible",
+    ),
     "head_dim": (lambda f: change_json(f / "config.json", head_dim=99), "head_dim 99"),
     "scaled rope": (lambda f: change_json(f / "config.json", rope_parameters={"rope_type": "yarn"}), "yarn"),
-    "codec option": (lambda f: change_json(f / "config.json", audio_encoder_config__pad_mode="reflect"), "pad_mode"),
-    "codec ratios": (lambda f: change_json(f / "config.json", audio_encoder_config__upsampling_ratios=[0]), "ratios"),
-    "codec rate": (lambda f: change_json(f / "config.json", audio_encoder_config__frame_rate=7), "frame_rate of 7"),
-    "depth feed-forward": (lambda f: change_json(f / "config.json", depth_decoder_config__ffn_dim=7), "ffn_dim of 7"),
+    "codec option": (
+        lambda f: change_json(f / "config.json", audio_encoder_config__pad_mode="reflect"),
+        "pad_mode",
+    ),
+    "codec ratios": (
+        lambda f: change_json(f / "config.json", audio_encoder_config__upsampling_ratios=[0]),
+        "ratios",
+    ),
+    "codec rate": (
+        lambda f: change_json(f / "config.json", audio_encoder_config__frame_rate=7),
+        "frame_rate of 7",
+    ),
+    "depth feed-forward": (
+        lambda f: change_json(f / "config.json", depth_decoder_config__ffn_dim=7),
+        "ffn_dim of 7",
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
     "truncated": (lambda f: os.truncate(f / "model.safetensors", 5000), "not a whole SafeTensors file"),
-    "tensor missing": (lambda f: change_tensors(f / "model.safetensors", lambda t: t.pop(HEAD)), f"{HEAD} is missing"),
-    "tensor unknown": (lambda f: change_tensors(f / "model.safetensors", lambda t: t.update(more=t[HEAD].clone())),
-                       "the tensor more is not known"),
-    "tensor misshapen": (lambda f: change_tensors(f / "model.safetensors", lambda t: t.update({HEAD: t[HEAD][1:]})),
-                         f"{HEAD} has the shape [39, 32], expected [40, 32]"),
-    "tensor of integers": (lambda f: change_tensors(f / "model.safetensors", lambda t: t.update({HEAD: t[HEAD].int()})),
-                           f"{HEAD} and what joins it are I32"),
+    "tensor missing": (
+        lambda f: change_tensors(f / "model.safetensors", lambda t: t.pop(HEAD)),
+        f"{HEAD} is missing",
+    ),
+    "tensor unknown": (
+        lambda f: change_tensors(f / "model.safetensors", lambda t: t.update(more=t[HEAD].clone())),
+        "the tensor more is not known",
+    ),
+    "tensor misshapen": (
+        lambda f: change_tensors(f / "model.safetensors", lambda t: t.update({HEAD: t[HEAD][1:]})),
+        f"{HEAD} has the shape [39, 32], expected [40, 32]",
+    ),
+    "tensor of integers": (
+        lambda f: change_tensors(f / "model.safetensors", lambda t: t.update({HEAD: t[HEAD].int()})),
+        f"{HEAD} and what joins it are I32",
+    ),
     "more layers": (lambda f: change_json(f / "config.json", num_hidden_layers=3), "decoder.model.layers.2."),
 }
 
@@ -435,8 +571,13 @@ def test_bad_shards(tmp_path):
     with pytest.raises(ValueError, match=f"{last.name}: there is no such file"):
         convert_hf.convert(folder, tmp_path / "out")
     last.write_bytes(kept)
-    for wrong in ({}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {HEAD: "../elsewhere.safetensors"}},
-                  {"weight_map": {HEAD: 3}}):
+    for wrong in (
+        {},
+        {"weight_map": []},
+        {"weight_map": {}},
+        {"weight_map": {HEAD: "../elsewhere.safetensors"}},
+        {"weight_map": {HEAD: 3}},
+    ):
         index.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match="no weight_map"):
             convert_hf.convert(folder, tmp_path / "out")
@@ -446,6 +587,7 @@ def test_bad_shards(tmp_path):
 def test_disk_full(good_folder, tmp_path, monkeypatch):
     """When writing fails midway, or someone presses Ctrl-C, nothing is left behind."""
     for error in (OSError("no space left"), KeyboardInterrupt()):
+
         def write(path, *_):
             path.write_bytes(b"half")
             raise error

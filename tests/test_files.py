@@ -1,4 +1,5 @@
 """The house rules of the three files: their length, their lines, their imports, their docstrings."""
+
 import ast
 import sys
 
@@ -24,7 +25,9 @@ def test_three_files_hold_at_most_1500_lines():
 def test_lines_are_short(name):
     long = [f"{name}:{i}" for i, line in enumerate(lines(name), 1) if len(line) > 110]
     assert not long, f"over 110 characters: {long}"
-    assert not any("\t" in line or line != line.rstrip() for line in lines(name)), "tabs or blanks at a line's end"
+    assert not any("\t" in line or line != line.rstrip() for line in lines(name)), (
+        "tabs or blanks at a line's end"
+    )
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -45,11 +48,24 @@ def test_imports(name):
 def test_docstrings(name):
     """The file and every public class and function in it say what they are."""
     tree = ast.parse("\n".join(lines(name)))
-    public = [node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))
-              and not node.name.startswith("_") and node.name != "main"]
-    methods = [m for c in public if isinstance(c, ast.ClassDef) for m in c.body
-               if isinstance(m, ast.FunctionDef) and c.name in ("Mimi", "Moshi", "MoshiGen")
-               and not m.name.startswith("_") and m.name != "forward" and not m.decorator_list]
+    public = [
+        node
+        for node in tree.body
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef))
+        and not node.name.startswith("_")
+        and node.name != "main"
+    ]
+    methods = [
+        m
+        for c in public
+        if isinstance(c, ast.ClassDef)
+        for m in c.body
+        if isinstance(m, ast.FunctionDef)
+        and c.name in ("Mimi", "Moshi", "MoshiGen")
+        and not m.name.startswith("_")
+        and m.name != "forward"
+        and not m.decorator_list
+    ]
     bare = [node.name for node in [*public, *methods] if not ast.get_docstring(node)]
     assert ast.get_docstring(tree), f"{name} has no docstring"
     assert not bare, f"{name}: no docstring in {bare}"
@@ -59,7 +75,9 @@ def test_docstrings(name):
 def test_classes_stand_under_what_they_use(name):
     """Reading order is dependency order: a top-level name is used in class bases and defaults only after it."""
     tree = ast.parse("\n".join(lines(name)))
-    where = {node.name: node.lineno for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+    where = {
+        node.name: node.lineno for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))
+    }
     early = []
     for node in tree.body:
         if not isinstance(node, ast.ClassDef):

@@ -1,4 +1,5 @@
 """The program: what it reads and writes, its answers beside the official package's, and all that can go wrong."""
+
 import io
 import itertools
 import json
@@ -53,15 +54,26 @@ def wav(samples, rate=RATE, form=1, width=2, extensible=False, before=b"", after
 
 def chunk(name, contents, size=None):
     """A RIFF chunk; `size` is what its header says if that is not the truth."""
-    return name + struct.pack("<I", len(contents) if size is None else size) + contents + b"\0" * (len(contents) % 2)
+    return (
+        name
+        + struct.pack("<I", len(contents) if size is None else size)
+        + contents
+        + b"\0" * (len(contents) % 2)
+    )
 
 
 def parse(data):
     """The samples [T, channels] of a 16-bit WAV as our program writes it; any flaw in the header fails."""
     riff, size, wave, form, channels, rate, per_second, block, bits, name, length = struct.unpack(
-        "<4sI8s4xHHIIHH4sI", data[:44])
+        "<4sI8s4xHHIIHH4sI", data[:44]
+    )
     assert (riff, wave, name, form, rate, bits) == (b"RIFF", b"WAVEfmt ", b"data", 1, RATE, 16)
-    assert (size, length, block, per_second) == (len(data) - 8, len(data) - 44, 2 * channels, 2 * channels * rate)
+    assert (size, length, block, per_second) == (
+        len(data) - 8,
+        len(data) - 44,
+        2 * channels,
+        2 * channels * rate,
+    )
     return np.frombuffer(data[44:], "<i2").reshape(-1, channels)
 
 
@@ -103,13 +115,21 @@ def call(checkpoint, capsys, tmp_path, monkeypatch):
             code = stop.code
         out, err = capsys.readouterr()
         return code, out, err
+
     return run
 
 
 def command(checkpoint, *argv):
     """The program as a command line."""
-    return [sys.executable, str(ROOT / "generate.py"), *map(str, argv), "--checkpoint", str(checkpoint),
-            "--device", "cpu"]
+    return [
+        sys.executable,
+        str(ROOT / "generate.py"),
+        *map(str, argv),
+        "--checkpoint",
+        str(checkpoint),
+        "--device",
+        "cpu",
+    ]
 
 
 QUICK = ("--extra-seconds", 0.3)
@@ -123,9 +143,24 @@ def sine(frequency, rate, seconds):
     return torch.cos(2 * math.pi * frequency * n / rate + 0.3)
 
 
-@pytest.mark.parametrize("rate_in, rate_out", [
-    (44100, 24000), (48000, 24000), (16000, 24000), (8000, 24000), (11025, 24000), (22050, 24000), (96000, 24000),
-    (32000, 24000), (23993, 24000), (24001, 24000), (192000, 24000), (24000, 44100), (1000, 24000)])
+@pytest.mark.parametrize(
+    "rate_in, rate_out",
+    [
+        (44100, 24000),
+        (48000, 24000),
+        (16000, 24000),
+        (8000, 24000),
+        (11025, 24000),
+        (22050, 24000),
+        (96000, 24000),
+        (32000, 24000),
+        (23993, 24000),
+        (24001, 24000),
+        (192000, 24000),
+        (24000, 44100),
+        (1000, 24000),
+    ],
+)
 def test_resample(rate_in, rate_out):
     seconds, lower = 0.3, min(rate_in, rate_out)
     edge = max(40 * rate_out // lower, 10)  # where the filter sees the recording's ends
@@ -159,13 +194,25 @@ def test_resample_of_a_click_is_in_time_and_short_inputs_work():
 
 STRAY = chunk(b"LIST", b"INFOISFT\x05\0\0\0abcde") + chunk(b"odd ", b"xyz")
 SHAPES = {
-    "8 bits": dict(width=1), "16 bits": {}, "24 bits": dict(width=3), "32 bits": dict(width=4),
-    "float 32": dict(form=3, width=4), "float 64": dict(form=3, width=8),
-    "extensible 16": dict(extensible=True), "extensible 24": dict(extensible=True, width=3),
-    "extensible float": dict(extensible=True, form=3, width=4), "20 bits in 3 bytes": dict(width=3, bits=20),
-    "stray chunks": dict(before=STRAY, after=STRAY), "stray chunks, odd data": dict(width=1, before=STRAY, after=STRAY),
-    "size 0": dict(size=0), "size -1": dict(size=0xFFFFFFFF), "size of sox": dict(size=0x7FFFFFFF - 36),
-    "size of arecord": dict(size=0x80000000), "44.1 kHz": dict(rate=44100), "8 kHz": dict(rate=8000)}
+    "8 bits": dict(width=1),
+    "16 bits": {},
+    "24 bits": dict(width=3),
+    "32 bits": dict(width=4),
+    "float 32": dict(form=3, width=4),
+    "float 64": dict(form=3, width=8),
+    "extensible 16": dict(extensible=True),
+    "extensible 24": dict(extensible=True, width=3),
+    "extensible float": dict(extensible=True, form=3, width=4),
+    "20 bits in 3 bytes": dict(width=3, bits=20),
+    "stray chunks": dict(before=STRAY, after=STRAY),
+    "stray chunks, odd data": dict(width=1, before=STRAY, after=STRAY),
+    "size 0": dict(size=0),
+    "size -1": dict(size=0xFFFFFFFF),
+    "size of sox": dict(size=0x7FFFFFFF - 36),
+    "size of arecord": dict(size=0x80000000),
+    "44.1 kHz": dict(rate=44100),
+    "8 kHz": dict(rate=8000),
+}
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -192,19 +239,28 @@ def test_wav_may_lose_part_of_its_last_sample_and_shout(tmp_path):
 
 
 BAD_WAVS = {
-    "empty": (b"", "empty"), "text": (b"hello there, this is no sound at all" * 4, "not a WAV"),
-    "mp3": (b"\xff\xfb\x90\x64" + bytes(400), "ffmpeg"), "only RIFF": (b"RIFF\0\0\0\0WAVE", "ends before"),
-    "header cut": (wav(voice(0.1))[:30], "ends before"), "no samples": (wav([]), "no sound"),
+    "empty": (b"", "empty"),
+    "text": (b"hello there, this is no sound at all" * 4, "not a WAV"),
+    "mp3": (b"\xff\xfb\x90\x64" + bytes(400), "ffmpeg"),
+    "only RIFF": (b"RIFF\0\0\0\0WAVE", "ends before"),
+    "header cut": (wav(voice(0.1))[:30], "ends before"),
+    "no samples": (wav([]), "no sound"),
     "no samples, then a chunk": (wav([], after=STRAY), "no sound"),
-    "data cut": (wav(voice(0.1))[:-100], "cut off"), "no format": (
-        b"RIFF\0\0\0\0WAVE" + chunk(b"data", bytes(100)), "not read here"),
-    "short format": (b"RIFF\0\0\0\0WAVE" + chunk(b"fmt ", b"\1\0") + chunk(b"data", bytes(100)), "not read here"),
-    "A-law": (wav(voice(0.1), form=6, width=1), "ffmpeg"), "ADPCM": (wav(voice(0.1), form=2), "not read here"),
-    "half floats": (wav(voice(0.1), form=3, width=2), "not read here"), "rate 0": (wav(voice(0.1), rate=0), "0 Hz"),
+    "data cut": (wav(voice(0.1))[:-100], "cut off"),
+    "no format": (b"RIFF\0\0\0\0WAVE" + chunk(b"data", bytes(100)), "not read here"),
+    "short format": (
+        b"RIFF\0\0\0\0WAVE" + chunk(b"fmt ", b"\1\0") + chunk(b"data", bytes(100)),
+        "not read here",
+    ),
+    "A-law": (wav(voice(0.1), form=6, width=1), "ffmpeg"),
+    "ADPCM": (wav(voice(0.1), form=2), "not read here"),
+    "half floats": (wav(voice(0.1), form=3, width=2), "not read here"),
+    "rate 0": (wav(voice(0.1), rate=0), "0 Hz"),
     "rate too high": (wav(voice(0.1), rate=2_000_000_000), "2000000000 Hz"),
     "nan": (wav([0.0, math.nan, 0.0], form=3, width=4), "not finite"),
     "inf": (wav([0.0, math.inf, 0.0], form=3, width=8), "not finite"),
-    "big-endian": (b"RIFX" + wav(voice(0.1))[4:], "not a WAV")}
+    "big-endian": (b"RIFX" + wav(voice(0.1))[4:], "not a WAV"),
+}
 
 
 def one_line(code, err, *said):
@@ -225,7 +281,11 @@ def test_bad_wavs(name, call, tmp_path):
     answer.write_bytes(b"precious")
     code, out, err = call(path)
     one_line(code, err, said, "bad.wav")
-    assert not out and answer.read_bytes() == b"precious" and sorted(os.listdir(tmp_path)) == ["answer.wav", "bad.wav"]
+    assert (
+        not out
+        and answer.read_bytes() == b"precious"
+        and sorted(os.listdir(tmp_path)) == ["answer.wav", "bad.wav"]
+    )
 
 
 # ---- the conversation ------------------------------------------------------------------------------------------
@@ -233,12 +293,21 @@ def test_bad_wavs(name, call, tmp_path):
 
 def official_answer(folder, pcm, use_sampling, seed):
     """What the official package says to pcm [F, 1920], in a loop as in its run_inference: tokens [9, F], sound."""
-    reference = pytest.importorskip("moshi.models.loaders") if not os.environ.get("CI") else __import__(
-        "moshi.models.loaders", fromlist=["loaders"])
+    reference = (
+        pytest.importorskip("moshi.models.loaders")
+        if not os.environ.get("CI")
+        else __import__("moshi.models.loaders", fromlist=["loaders"])
+    )
     from moshi.models import LMGen
+
     info = reference.CheckpointInfo.from_hf_repo(
-        "none", folder / MOSHI_FILE, folder / MIMI_FILE, folder / TOKENIZER_FILE, folder / "config.json",
-        folder / "mimi_config.json")
+        "none",
+        folder / MOSHI_FILE,
+        folder / MIMI_FILE,
+        folder / TOKENIZER_FILE,
+        folder / "config.json",
+        folder / "mimi_config.json",
+    )
     mimi, lm = info.get_mimi("cpu"), info.get_moshi("cpu", torch.float32)
     torch.manual_seed(seed)
     gen = LMGen(lm, use_sampling=use_sampling, **info.lm_gen_config)
@@ -272,7 +341,9 @@ def test_same_as_the_official_package(how, call, checkpoint, tmp_path, question)
     tokens, sound, tokenizer = official_answer(folder, pcm, how != "greedy", seed)
 
     run = np.load(tmp_path / "run.npz")
-    assert run["codes"].dtype == np.int64 and run["codes"].shape == (17, len(pcm)) and run["frame_rate"] == 12.5
+    assert (
+        run["codes"].dtype == np.int64 and run["codes"].shape == (17, len(pcm)) and run["frame_rate"] == 12.5
+    )
     assert run["delays"].tolist() == [0, 0] + [1] * 7 + [0] + [1] * 7
     assert np.array_equal(run["codes"][:9], tokens), "the tokens differ"
     assert len(np.unique(run["codes"][1:9])) > 10, "the reference shows nothing"
@@ -283,8 +354,12 @@ def test_same_as_the_official_package(how, call, checkpoint, tmp_path, question)
     assert said, "nothing was said"
     assert out.endswith("\n")
     pieces = [tokenizer.id_to_piece(t) for t in said]
-    plain = b"".join(bytes([int(p[3:5], 16)]) if p.startswith("<0x") else p.replace("▁", " ").encode() for p in pieces)
-    assert out.rstrip("\n") == io.TextIOWrapper(io.BytesIO(plain), "utf-8", "replace", newline="").read().rstrip("\n")
+    plain = b"".join(
+        bytes([int(p[3:5], 16)]) if p.startswith("<0x") else p.replace("▁", " ").encode() for p in pieces
+    )
+    assert out.rstrip("\n") == io.TextIOWrapper(
+        io.BytesIO(plain), "utf-8", "replace", newline=""
+    ).read().rstrip("\n")
 
 
 def test_tokens_are_aligned_as_in_forward(call, checkpoint, tmp_path, question):
@@ -368,8 +443,19 @@ def test_words(checkpoint, capfd):
     words = generate.Screen(tokenizer, config, stream, 0.08, None)
     euro = [tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in "€".encode()]
     assert all(map(tokenizer.is_byte, euro))
-    for token in [3, *tokenizer.encode("the codec"), 0, 3, *euro, *tokenizer.encode("word"), euro[0], 3,
-                  *tokenizer.encode("is"), 10**6, euro[0]]:
+    for token in [
+        3,
+        *tokenizer.encode("the codec"),
+        0,
+        3,
+        *euro,
+        *tokenizer.encode("word"),
+        euro[0],
+        3,
+        *tokenizer.encode("is"),
+        10**6,
+        euro[0],
+    ]:
         words.say(token)
     assert stream.getvalue() == " the codec€ word\ufffd is 1000000", "a character waits for its other bytes"
     words.end()
@@ -396,29 +482,45 @@ def test_without_a_tokenizer_numbers_are_printed(call, checkpoint, tmp_path, que
 
 def test_command_pipes_and_broken_pipes(checkpoint, tmp_path, question):
     """File in, file out; raw in, raw out is the same sound; a reader that goes away ends it quietly."""
-    file = subprocess.run(command(checkpoint, question, "-o", "a.wav", *QUICK), cwd=tmp_path, capture_output=True)
+    file = subprocess.run(
+        command(checkpoint, question, "-o", "a.wav", *QUICK), cwd=tmp_path, capture_output=True
+    )
     assert file.returncode == 0, file.stderr
     (summary,) = file.stderr.decode().strip().splitlines()
     assert file.stdout.strip()
-    assert summary.startswith("17 frames, ") and "ms per frame" in summary and summary.endswith("real time: a.wav")
+    assert (
+        summary.startswith("17 frames, ")
+        and "ms per frame" in summary
+        and summary.endswith("real time: a.wav")
+    )
     assert "1.4 of 1.4 s" in summary
     answer = (tmp_path / "a.wav").read_bytes()
 
     raw = question.read_bytes()[44:]
-    pipe = subprocess.run(command(checkpoint, "-", "-o", "-", *QUICK), cwd=tmp_path, input=raw, capture_output=True)
+    pipe = subprocess.run(
+        command(checkpoint, "-", "-o", "-", *QUICK), cwd=tmp_path, input=raw, capture_output=True
+    )
     assert pipe.returncode == 0 and pipe.stdout == answer[44:]
     assert file.stdout.strip() in pipe.stderr, "the words go to standard error"
     assert sorted(os.listdir(tmp_path)) == ["a.wav", "question.wav"]
 
-    with subprocess.Popen(command(checkpoint, question, "-o", "-", "--extra-seconds", 60), cwd=tmp_path,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+    with subprocess.Popen(
+        command(checkpoint, question, "-o", "-", "--extra-seconds", 60),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as run:
         assert run.stdout.read(100) == answer[44:144]
         run.stdout.close()
         err = run.stderr.read().decode()
     assert run.returncode == 0 and "rror" not in err and "Traceback" not in err
 
-    with subprocess.Popen(command(checkpoint, question, "-o", "b.wav", *QUICK), cwd=tmp_path,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+    with subprocess.Popen(
+        command(checkpoint, question, "-o", "b.wav", *QUICK),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as run:
         run.stdout.close()  # nobody reads the words
         err = run.stderr.read().decode()
     assert run.returncode == 0 and "rror" not in err and (tmp_path / "b.wav").read_bytes() == answer
@@ -426,7 +528,9 @@ def test_command_pipes_and_broken_pipes(checkpoint, tmp_path, question):
 
 def test_nobody_reads_standard_error(call, tmp_path, question, monkeypatch):
     """The answer is saved all the same (`2>&1 | head -1`), and a problem ends with 2."""
-    monkeypatch.setattr(time, "monotonic", itertools.count(0, 6).__next__)  # progress is printed after each frame
+    monkeypatch.setattr(
+        time, "monotonic", itertools.count(0, 6).__next__
+    )  # progress is printed after each frame
     for file, exit_code in ((question, 0), ("absent.wav", 2)):
         reader, writer = os.pipe()
         os.close(reader)
@@ -437,10 +541,20 @@ def test_nobody_reads_standard_error(call, tmp_path, question, monkeypatch):
 
 
 def test_closed_streams_and_a_terminal_of_few_letters(checkpoint, tmp_path, question):
-    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command(checkpoint, question, "-o", "a.wav", *QUICK)]
+    closed = [
+        "sh",
+        "-c",
+        'exec "$@" <&- >&- 2>&-',
+        "sh",
+        *command(checkpoint, question, "-o", "a.wav", *QUICK),
+    ]
     assert subprocess.run(closed, cwd=tmp_path).returncode == 0
-    run = subprocess.run(command(checkpoint, question, "-o", "b.wav", *QUICK), cwd=tmp_path, capture_output=True,
-                         env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    run = subprocess.run(
+        command(checkpoint, question, "-o", "b.wav", *QUICK),
+        cwd=tmp_path,
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
     assert run.returncode == 0, run.stderr
     assert b"?" in run.stdout and run.stdout.isascii(), "no letter beyond ASCII was to be printed"
     assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
@@ -449,8 +563,13 @@ def test_closed_streams_and_a_terminal_of_few_letters(checkpoint, tmp_path, ques
 def test_live_frames_come_at_once_and_ctrl_c_keeps_a_whole_file(checkpoint, tmp_path):
     """Each frame in gives a frame out before the next is there; Ctrl-C ends with 130."""
     raw = (voice(2.0) * 32767).astype("<i2").tobytes()
-    with subprocess.Popen(command(checkpoint, "-", "-o", "-"), cwd=tmp_path, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+    with subprocess.Popen(
+        command(checkpoint, "-", "-o", "-"),
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as run:
         for number in range(4):
             run.stdin.write(raw[number * 3840 : (number + 1) * 3840])
             run.stdin.flush()
@@ -460,8 +579,13 @@ def test_live_frames_come_at_once_and_ctrl_c_keeps_a_whole_file(checkpoint, tmp_
         assert "Traceback" not in run.stderr.read().decode()
 
     (tmp_path / "a.wav").write_bytes(b"old")
-    with subprocess.Popen(command(checkpoint, "-", "-o", "a.wav", "--stereo", "--tokens", "run.npz"), cwd=tmp_path,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+    with subprocess.Popen(
+        command(checkpoint, "-", "-o", "a.wav", "--stereo", "--tokens", "run.npz"),
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as run:
         run.stdin.write(raw[: 10 * 3840])
         run.stdin.flush()
         part = tmp_path / f"a.wav.{run.pid}.part"
@@ -482,8 +606,13 @@ def test_live_frames_come_at_once_and_ctrl_c_keeps_a_whole_file(checkpoint, tmp_
 
 def test_ctrl_c_before_the_first_sound_writes_nothing(checkpoint, tmp_path):
     (tmp_path / "a.wav").write_bytes(b"old")
-    with subprocess.Popen(command(checkpoint, "-", "-o", "a.wav"), cwd=tmp_path, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+    with subprocess.Popen(
+        command(checkpoint, "-", "-o", "a.wav"),
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as run:
         while run.poll() is None and not list(tmp_path.glob("*.part")):
             time.sleep(0.02)
         time.sleep(0.1)
@@ -497,8 +626,13 @@ def test_ctrl_c_before_the_first_sound_writes_nothing(checkpoint, tmp_path):
 def test_progress_on_a_terminal(checkpoint, tmp_path, question):
     """On a terminal the progress stands right of the words and is redrawn in its place."""
     leader, follower = os.openpty()
-    run = subprocess.Popen(command(checkpoint, question, *QUICK), cwd=tmp_path, stdin=subprocess.DEVNULL,
-                           stdout=follower, stderr=follower)
+    run = subprocess.Popen(
+        command(checkpoint, question, *QUICK),
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=follower,
+        stderr=follower,
+    )
     os.close(follower)
     shown = b""
     while select.select([leader], [], [], 60)[0]:
@@ -518,16 +652,35 @@ def test_progress_on_a_terminal(checkpoint, tmp_path, question):
 # ---- what can go wrong -----------------------------------------------------------------------------------------
 
 BAD_ARGUMENTS = {
-    "--temp -1": "--temp", "--temp nan": "--temp", "--temp inf": "--temp", "--temp warm": "'warm'",
-    "--temp-text -0.1": "--temp-text", "--top-k 0": "--top-k", "--top-k 2.5": "whole", "--top-k-text 0": "--top-k-text",
-    "--extra-seconds -1": "--extra-seconds", "--extra-seconds nan": "--extra-seconds",
-    "--lead-seconds inf": "--lead-seconds", "--seed -1": "--seed", "--seed x": "--seed", "--dtype int8": "--dtype",
-    "--device tpu": "--device", "--frobnicate": "--frobnicate", "two more": "unrecognized",
-    "-o nowhere/a.wav": "nowhere", "-o .": "written; name another", "-o question.wav": "twice; name another",
-    "-o ./sub/../question.wav": "twice; name another", "-o link.wav": "twice; name another",
-    "-o /dev/null": "written; name another", "--tokens -": "--tokens",
-    "--tokens nowhere/r.npz": "nowhere", "--tokens answer.wav": "name another", "--tokens question.wav": "name another",
-    "-o - --stereo": "--stereo"}
+    "--temp -1": "--temp",
+    "--temp nan": "--temp",
+    "--temp inf": "--temp",
+    "--temp warm": "'warm'",
+    "--temp-text -0.1": "--temp-text",
+    "--top-k 0": "--top-k",
+    "--top-k 2.5": "whole",
+    "--top-k-text 0": "--top-k-text",
+    "--extra-seconds -1": "--extra-seconds",
+    "--extra-seconds nan": "--extra-seconds",
+    "--lead-seconds inf": "--lead-seconds",
+    "--seed -1": "--seed",
+    "--seed x": "--seed",
+    "--dtype int8": "--dtype",
+    "--device tpu": "--device",
+    "--frobnicate": "--frobnicate",
+    "two more": "unrecognized",
+    "-o nowhere/a.wav": "nowhere",
+    "-o .": "written; name another",
+    "-o question.wav": "twice; name another",
+    "-o ./sub/../question.wav": "twice; name another",
+    "-o link.wav": "twice; name another",
+    "-o /dev/null": "written; name another",
+    "--tokens -": "--tokens",
+    "--tokens nowhere/r.npz": "nowhere",
+    "--tokens answer.wav": "name another",
+    "--tokens question.wav": "name another",
+    "-o - --stereo": "--stereo",
+}
 
 
 @pytest.mark.parametrize("line", BAD_ARGUMENTS)
@@ -574,27 +727,33 @@ def test_choice_of_device_and_precision(call, checkpoint, question, monkeypatch)
 
 def change(**keys):
     """An edit of config.json."""
+
     def edit(folder):
         path = folder / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
     return edit
 
 
 def truncate(name):
     """An edit that loses the second half of a file."""
+
     def edit(folder):
         path = folder / name
         data = path.read_bytes()
         path.write_bytes(data[: len(data) // 2])
+
     return edit
 
 
 def tensor(name, key, value):
     """An edit of a tensor in a file of weights: `value` of what was there."""
+
     def edit(folder):
         tensors = load_file(folder / name)
         tensors[key] = value(tensors[key])
         save_file(tensors, folder / name)
+
     return edit
 
 
@@ -612,8 +771,14 @@ NO_WEIGHTS = put_folder(MOSHI_FILE)  # what is told in spite of it is told befor
 BAD_CHECKPOINTS = {
     "a file": (lambda folder: (shutil.rmtree(folder), folder.write_text("")), ["hf download"]),
     "weights are a folder": (NO_WEIGHTS, [MOSHI_FILE, "Is a directory"]),
-    "weights in 8 bits": (tensor(MOSHI_FILE, "text_linear.weight", lambda t: t.to(torch.int8)), ["text_linear.weight", "int8"]),
-    "codec says nan": (tensor(MIMI_FILE, "decoder.model.14.conv.conv.bias", lambda t: t * math.nan), ["not finite"]),
+    "weights in 8 bits": (
+        tensor(MOSHI_FILE, "text_linear.weight", lambda t: t.to(torch.int8)),
+        ["text_linear.weight", "int8"],
+    ),
+    "codec says nan": (
+        tensor(MIMI_FILE, "decoder.model.14.conv.conv.bias", lambda t: t * math.nan),
+        ["not finite"],
+    ),
     "file name is a number": (both(NO_WEIGHTS, change(moshi_name=3)), ["moshi_name"]),
     "file name is a list": (both(NO_WEIGHTS, change(mimi_name=["a"])), ["mimi_name"]),
     "file name is null": (both(NO_WEIGHTS, change(tokenizer_name=None)), ["tokenizer_name"]),
@@ -621,24 +786,31 @@ BAD_CHECKPOINTS = {
     "no tokenizer of that name": (change(tokenizer_name="absent.model"), ["absent.model", "No such file"]),
     "unknown sampling": (both(NO_WEIGHTS, change(lm_gen_config={"topk": 3})), ["topk"]),
     "bad use_sampling": (both(NO_WEIGHTS, change(lm_gen_config={"use_sampling": "no"})), ["use_sampling"]),
-    "config without a bottom": (lambda folder: (folder / "config.json").write_text('{"a":' * 200_000), ["config.json"]),
+    "config without a bottom": (
+        lambda folder: (folder / "config.json").write_text('{"a":' * 200_000),
+        ["config.json"],
+    ),
     "no folder": (shutil.rmtree, [MOSHI_FILE, MIMI_FILE, "hf download kyutai/moshiko-pytorch-bf16"]),
     "no weights": (lambda folder: (folder / MOSHI_FILE).unlink(), [MOSHI_FILE, "hf download"]),
     "no codec": (lambda folder: (folder / MIMI_FILE).unlink(), [MIMI_FILE, "hf download"]),
-    "weights cut": (truncate(MOSHI_FILE), [MOSHI_FILE]), "codec cut": (truncate(MIMI_FILE), [MIMI_FILE]),
+    "weights cut": (truncate(MOSHI_FILE), [MOSHI_FILE]),
+    "codec cut": (truncate(MIMI_FILE), [MIMI_FILE]),
     "tokenizer cut": (truncate(TOKENIZER_FILE), [TOKENIZER_FILE]),
     "pickle": (lambda folder: torch.save({}, folder / MOSHI_FILE), [MOSHI_FILE, "SafeTensors"]),
-    "misshapen": (change(dim=128), ["shape"]), "missing tensors": (change(num_layers=4), ["missing"]),
+    "misshapen": (change(dim=128), ["shape"]),
+    "missing tensors": (change(num_layers=4), ["missing"]),
     "extra tensors": (change(num_layers=2), ["not known"]),
     "config is no JSON": (truncate("config.json"), ["config.json"]),
     "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), ["config.json"]),
-    "unknown key": (change(frobnicate=1), ["frobnicate"]), "bad value": (change(num_heads=0), ["num_heads"]),
+    "unknown key": (change(frobnicate=1), ["frobnicate"]),
+    "bad value": (change(num_heads=0), ["num_heads"]),
     "another kind": (change(model_type="hibiki"), ["hibiki"]),
     "no codec config": (change(mimi_config_name="absent.json"), ["absent.json"]),
     "bad temp": (change(lm_gen_config={"temp": -1}), ["temp"]),
     "bad top_k": (change(lm_gen_config={"top_k": "many"}), ["top_k"]),
     "bad lm_gen_config": (change(lm_gen_config=7), ["lm_gen_config"]),
-    "bad stt_config": (change(stt_config={"audio_delay_seconds": None}), ["audio_delay_seconds"])}
+    "bad stt_config": (change(stt_config={"audio_delay_seconds": None}), ["audio_delay_seconds"]),
+}
 
 
 @pytest.mark.parametrize("name", BAD_CHECKPOINTS)
@@ -658,11 +830,16 @@ def test_bad_checkpoints(name, call, checkpoint, tmp_path, question):
 def test_failures_on_the_way_leave_nothing_behind(call, tmp_path, question, monkeypatch):
     """A full disk and a lack of memory are told in a line, a bug keeps its traceback; no half file in any case."""
     (tmp_path / "answer.wav").write_bytes(b"precious")
-    for error, said in ((OSError(28, "No space left on device"), "output: No space"), (MemoryError(), "out of memory"),
-                        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
-                        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory")):
+    for error, said in (
+        (OSError(28, "No space left on device"), "output: No space"),
+        (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+    ):
+
         def fail(*_, error=error):
             raise error
+
         monkeypatch.setattr(generate.SoundWriter, "finish", fail)
         code, _, err = call(question, *QUICK)
         one_line(code, err, said)
@@ -674,8 +851,12 @@ def test_failures_on_the_way_leave_nothing_behind(call, tmp_path, question, monk
 
 
 def test_nothing_on_standard_input(checkpoint, tmp_path):
-    run = subprocess.run(command(checkpoint, "-", "-o", "a.wav", "--extra-seconds", 0), cwd=tmp_path, input=b"",
-                         capture_output=True)
+    run = subprocess.run(
+        command(checkpoint, "-", "-o", "a.wav", "--extra-seconds", 0),
+        cwd=tmp_path,
+        input=b"",
+        capture_output=True,
+    )
     one_line(run.returncode, run.stderr.decode(), "standard input")
     assert not os.listdir(tmp_path)
 
@@ -683,8 +864,22 @@ def test_nothing_on_standard_input(checkpoint, tmp_path):
 def test_help_names_every_option(call):
     code, out, _ = call("--help")
     assert code == 0
-    for option in ("--checkpoint", "--device", "--dtype", "--seed", "--greedy", "--temp", "--temp-text", "--top-k",
-                   "--top-k-text", "--lead-seconds", "--extra-seconds", "--stereo", "--tokens", "--output"):
+    for option in (
+        "--checkpoint",
+        "--device",
+        "--dtype",
+        "--seed",
+        "--greedy",
+        "--temp",
+        "--temp-text",
+        "--top-k",
+        "--top-k-text",
+        "--lead-seconds",
+        "--extra-seconds",
+        "--stereo",
+        "--tokens",
+        "--output",
+    ):
         assert option in out
 
 

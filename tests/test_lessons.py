@@ -1,4 +1,5 @@
 """The course: every block prints what stands under it, every exercise has a solution, every picture is there."""
+
 import importlib.util
 import re
 import sys
@@ -34,7 +35,13 @@ def same(printed, expected):
 def test_what_counts_as_the_same():
     """The comparison lets rounding pass, and nothing else."""
     assert same("a 1.00 b 3", "a 1.02 b 3") and same("2.1e-06", "2.2e-06") and same("", "")
-    for printed, expected in (("a 3", "a 4"), ("1.0", "1.3"), ("1.0 yes", "1.0 no"), ("2.1e-06", "2.1e-05"), ("1.5", "15")):
+    for printed, expected in (
+        ("a 3", "a 4"),
+        ("1.0", "1.3"),
+        ("1.0 yes", "1.0 no"),
+        ("2.1e-06", "2.1e-05"),
+        ("1.5", "15"),
+    ):
         assert not same(printed, expected)
 
 
@@ -45,7 +52,8 @@ def test_lesson(lesson):
     assert blocks, f"lesson {lesson} runs nothing"
     for block, printed in refresh.run_blocks(blocks):
         assert same(printed, block.expected or ""), (
-            f"{block.code}\nprints\n{printed}\nbut LESSONS.md says\n{block.expected}\n(python lessons/refresh.py)")
+            f"{block.code}\nprints\n{printed}\nbut LESSONS.md says\n{block.expected}\n(python lessons/refresh.py)"
+        )
 
 
 @pytest.mark.parametrize("lesson", range(13))
@@ -92,7 +100,21 @@ def test_pictures_are_drawn(tmp_path, monkeypatch):
 
 def test_threads_are_cited():
     """Every thread whose question the course answers is named."""
-    for thread in ("kyutai-labs/moshi#123", "#143", "#189", "#180", "#149", "#51", "#54", "#70", "yangdongchao/RSTnet#2",
-                   "gpt-omni/mini-omni#117", "huggingface/transformers#36160", "#36171", "kyutai-labs/moshi#110", "#87",
-                   "#244"):
+    for thread in (
+        "kyutai-labs/moshi#123",
+        "#143",
+        "#189",
+        "#180",
+        "#149",
+        "#51",
+        "#54",
+        "#70",
+        "yangdongchao/RSTnet#2",
+        "gpt-omni/mini-omni#117",
+        "huggingface/transformers#36160",
+        "#36171",
+        "kyutai-labs/moshi#110",
+        "#87",
+        "#244",
+    ):
         assert re.search(re.escape(thread) + r"(?!\d)", TEXT), thread

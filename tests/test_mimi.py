@@ -3,6 +3,7 @@
 What catches what (each was tried, see mutations.py): the conv tests catch padding, bias and overlap; the attention and
 transformer tests RoPE, window, ring and scales; the quantizer tests the centroids' floor, the split and the residual.
 """
+
 import copy
 import json
 import math
@@ -10,8 +11,19 @@ import pickle
 
 import pytest
 import torch
-from reference import (MIMI, TIE, close, error, loaders, official_mimi, official_tensors, old_names, require, same_codes,
-                       save)
+from reference import (
+    MIMI,
+    TIE,
+    close,
+    error,
+    loaders,
+    official_mimi,
+    official_tensors,
+    old_names,
+    require,
+    same_codes,
+    save,
+)
 from safetensors.torch import load_file, save_file
 
 import mimi_min
@@ -33,6 +45,7 @@ def pair(tmp_path_factory):
             ours = load_mimi(path, MimiConfig.from_dict(MIMI[name]), official.total_codebooks, device)
             made[name, device] = ours, official
         return made[name, device]
+
     return make
 
 
@@ -55,17 +68,21 @@ def streamed(function, x, state, unit=1):
     outputs, start, i = [], 0, 0
     while start < x.shape[-1]:
         length = CHUNKS[i % len(CHUNKS)] * unit
-        outputs.append(function(x[..., start:start + length], state))
+        outputs.append(function(x[..., start : start + length], state))
         start, i = start + length, i + 1
     return torch.cat(outputs, dim=-1)
 
 
 def convs(ours, official):
     """All convolutions of a Mimi: (name, ours, official), the strided, repeating, depthwise and transposed among them."""
-    pairs = [("downsample", ours.downsample, official.downsample.conv),
-             ("upsample", ours.upsample, official.upsample.convtr)]
+    pairs = [
+        ("downsample", ours.downsample, official.downsample.conv),
+        ("upsample", ours.upsample, official.upsample.convtr),
+    ]
     for side in ("encoder", "decoder"):
-        for i, (mine, theirs) in enumerate(zip(getattr(ours, side), getattr(official, side).model, strict=True)):
+        for i, (mine, theirs) in enumerate(
+            zip(getattr(ours, side), getattr(official, side).model, strict=True)
+        ):
             if isinstance(mine, mimi_min.ResidualBlock):
                 pairs += [(f"{side}.{i}.{j}", mine[j], theirs.block[j]) for j in (1, 3)]
             elif not isinstance(mine, torch.nn.ELU):
@@ -145,7 +162,7 @@ def test_transformer(pair, device, name, side):
     state = init_state(ours, 1)
     close(streamed(lambda z, state: ours(z.mT, state).mT, x.mT, state).mT, expected)
     with official.streaming(1):
-        close(ours(x)[:, :ours.context], official(x[:, :ours.context]))
+        close(ours(x)[:, : ours.context], official(x[:, : ours.context]))
 
 
 @torch.no_grad()
@@ -183,8 +200,10 @@ def test_ring_of_fixed_size(pair, device, monkeypatch):
 def test_one_codebook(pair, device, name):
     """Centroids (with the floor under their usage), nearest and look-up."""
     ours, official = pair(name, device)
-    for mine, theirs in ((ours.quantizer.semantic.codebooks[0], official.quantizer.rvq_first.vq.layers[0]._codebook),
-                         (ours.quantizer.acoustic.codebooks[1], official.quantizer.rvq_rest.vq.layers[1]._codebook)):
+    for mine, theirs in (
+        (ours.quantizer.semantic.codebooks[0], official.quantizer.rvq_first.vq.layers[0]._codebook),
+        (ours.quantizer.acoustic.codebooks[1], official.quantizer.rvq_rest.vq.layers[1]._codebook),
+    ):
         close(mine.centroids, theirs.embedding, 1e-7)
         x = noise(2, 50, mine.centroids.shape[1], device=device) * theirs.embedding.std()
         codes, expected = mine.encode(x), theirs.encode(x)
@@ -215,7 +234,9 @@ def test_split_quantizer_for_every_number_of_codebooks(pair, device, name):
     finally:
         ours.num_codebooks = total
         official.set_num_codebooks(total)
-    assert all(len(codes.unique()) > 5 for codes in expected.unbind(1)), "the codes hardly vary, this proves nothing"
+    assert all(len(codes.unique()) > 5 for codes in expected.unbind(1)), (
+        "the codes hardly vary, this proves nothing"
+    )
     for wrong in (0, total + 1):
         with pytest.raises(ValueError, match=str(wrong)):
             ours.num_codebooks = wrong
@@ -298,12 +319,12 @@ def test_rows_of_a_batch_are_independent(pair, device):
     by_chunk = streamed(ours.encode, pcm, init_state(ours, 3), ours.frame_size)
     waves = streamed(ours.decode, together, init_state(ours, 3))
     for row in range(3):
-        alone = pcm[row:row + 1]
+        alone = pcm[row : row + 1]
         z = official.encode_to_latent(alone, quantize=False)
         codes = ours.encode(alone)
-        same_codes(together[row:row + 1], codes, official, z)
-        same_codes(by_chunk[row:row + 1], codes, official, z)
-        close(waves[row:row + 1], ours.decode(together[row:row + 1]))
+        same_codes(together[row : row + 1], codes, official, z)
+        same_codes(by_chunk[row : row + 1], codes, official, z)
+        close(waves[row : row + 1], ours.decode(together[row : row + 1]))
 
 
 @torch.no_grad()
@@ -311,10 +332,14 @@ def test_memory_is_updated_in_place(pair, device):
     """A captured graph replays on the same tensors, so no step may put new ones into the state."""
     ours, _ = pair("small", device)
     state = init_state(ours, 2)
-    before = {(id(m), name): tensor.data_ptr() for m, memory in state.items() for name, tensor in memory.items()}
+    before = {
+        (id(m), name): tensor.data_ptr() for m, memory in state.items() for name, tensor in memory.items()
+    }
     codes = ours.encode(sound(2, 3, ours), state)
     ours.decode(codes, state)
-    after = {(id(m), name): tensor.data_ptr() for m, memory in state.items() for name, tensor in memory.items()}
+    after = {
+        (id(m), name): tensor.data_ptr() for m, memory in state.items() for name, tensor in memory.items()
+    }
     assert before == after and len(before) > 20
 
 
@@ -328,8 +353,10 @@ def test_encode_and_decode_keep_no_graph(pair, device):
 
 def test_streaming_with_gradients_is_refused():
     ours = Mimi(MimiConfig.from_dict(MIMI["small"]))
-    for call, x in ((ours.to_latent, torch.zeros(1, 1, ours.frame_size)),
-                    (ours.from_latent, torch.zeros(1, ours.config.latent_dim, 1))):
+    for call, x in (
+        (ours.to_latent, torch.zeros(1, 1, ours.frame_size)),
+        (ours.from_latent, torch.zeros(1, ours.config.latent_dim, 1)),
+    ):
         with pytest.raises(ValueError, match="no_grad"):
             call(x, init_state(ours, 1))
 
@@ -345,8 +372,12 @@ def test_gradients(pair, device, tmp_path):
     wave = official.decoder(official.decoder_transformer(official.upsample(z))[0])
     ((z * direction).sum() + wave.pow(2).sum()).backward()
     close(pcm[0].grad, pcm[1].grad, 1e-4)
-    mine = official_tensors(ours, save_mimi, tmp_path / "gradients.safetensors",
-                            lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
+    mine = official_tensors(
+        ours,
+        save_mimi,
+        tmp_path / "gradients.safetensors",
+        lambda p: torch.zeros_like(p) if p.grad is None else p.grad,
+    )
     for name, parameter in official.named_parameters():
         if parameter.grad is None:
             assert "quantizer" in name and not mine[name].any()
@@ -364,10 +395,14 @@ def test_default_config_is_the_released_one():
 def test_wrong_inputs(pair):
     """Shapes that cannot be meant are refused in one sentence."""
     ours, _ = pair("small")
-    for call in (lambda: ours.encode(torch.zeros(2, 480)), lambda: ours.encode(torch.zeros(1, 2, 480)),
-                 lambda: ours.encode(torch.zeros(1, 1, 0)), lambda: ours.decode(torch.zeros(6, 5, dtype=torch.long)),
-                 lambda: ours.decode(torch.zeros(1, 7, 5, dtype=torch.long)),
-                 lambda: ours.encode(torch.zeros(1, 1, ours.frame_size + 1), init_state(ours, 1))):
+    for call in (
+        lambda: ours.encode(torch.zeros(2, 480)),
+        lambda: ours.encode(torch.zeros(1, 2, 480)),
+        lambda: ours.encode(torch.zeros(1, 1, 0)),
+        lambda: ours.decode(torch.zeros(6, 5, dtype=torch.long)),
+        lambda: ours.decode(torch.zeros(1, 7, 5, dtype=torch.long)),
+        lambda: ours.encode(torch.zeros(1, 1, ours.frame_size + 1), init_state(ours, 1)),
+    ):
         with pytest.raises(ValueError):
             call()
 
@@ -385,7 +420,9 @@ def test_older_and_newer_names(tmp_path, old):
     ours = load_mimi(path, MimiConfig.from_dict(MIMI["small"]), 4)
     official.set_num_codebooks(4)
     pcm = sound(1, 6, ours)
-    same_codes(ours.encode(pcm), official.encode(pcm), official, official.encode_to_latent(pcm, quantize=False))
+    same_codes(
+        ours.encode(pcm), official.encode(pcm), official, official.encode_to_latent(pcm, quantize=False)
+    )
     assert not ours.training and all(p.dtype == torch.float32 for p in ours.parameters())
 
 
@@ -395,7 +432,9 @@ def test_round_trip_through_the_official_package(pair, tmp_path, name):
     """What save_mimi writes the official package loads, key for key, and gives the same sound and codes."""
     ours, official = pair(name)
     save_mimi(ours, tmp_path / "ours.safetensors")
-    again = loaders.get_mimi(tmp_path / "ours.safetensors", MIMI[name], num_codebooks=official.total_codebooks)
+    again = loaders.get_mimi(
+        tmp_path / "ours.safetensors", MIMI[name], num_codebooks=official.total_codebooks
+    )
     for key, tensor in official.state_dict().items():
         assert torch.equal(again.state_dict()[key], tensor), key
     pcm = sound(1, 9, ours)
@@ -409,7 +448,9 @@ def test_new_mimi_is_saved_whole(tmp_path):
     ours = Mimi(MimiConfig.from_dict(MIMI["small"])).eval()
     save_mimi(ours, tmp_path / "new.safetensors")
     (tmp_path / "plain").touch()
-    assert (tmp_path / "new.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode, "who may read it"
+    assert (tmp_path / "new.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode, (
+        "who may read it"
+    )
     official = loaders.get_mimi(tmp_path / "new.safetensors", MIMI["small"], num_codebooks=6)
     pcm = sound(1, 9, ours)
     with torch.no_grad():
@@ -435,10 +476,16 @@ def test_broken_files(tmp_path):
         assert "\n" not in str(caught.value)
 
     for source in (state, old_names(state)):
-        for name in ("downsample.conv.conv.conv.weight", "decoder.model.2.convtr.convtr.bias",
-                     next(n for n in source if "self_attn" in n),
-                     "quantizer.rvq_rest.vq.layers.3._codebook.cluster_usage"):
-            refused({key: t for key, t in source.items() if key != name}, name.split(".in_proj")[0].split(".out_proj")[0])
+        for name in (
+            "downsample.conv.conv.conv.weight",
+            "decoder.model.2.convtr.convtr.bias",
+            next(n for n in source if "self_attn" in n),
+            "quantizer.rvq_rest.vq.layers.3._codebook.cluster_usage",
+        ):
+            refused(
+                {key: t for key, t in source.items() if key != name},
+                name.split(".in_proj")[0].split(".out_proj")[0],
+            )
             refused({**source, name: source[name][:-1].clone()}, name)
             refused({**source, name: source[name].to(torch.int8)}, name, "int8")
         refused({**source, "encoder.model.99.weight": torch.zeros(3)}, "encoder.model.99.weight")
@@ -459,33 +506,69 @@ def test_broken_files(tmp_path):
 def test_missing_keys_have_the_official_defaults(tmp_path):
     """A config without a key means the official constructor's default for it."""
     config = copy.deepcopy(MIMI["small"])
-    for section, key in (("seanet", "kernel_size"), ("seanet", "last_kernel_size"), ("seanet", "norm"),
-                         ("quantizer", "bins"), ("quantizer", "n_q"), ("quantizer", "dimension"),
-                         ("transformer", "max_period"), ("transformer", "dim_feedforward"), ("transformer", "norm")):
+    for section, key in (
+        ("seanet", "kernel_size"),
+        ("seanet", "last_kernel_size"),
+        ("seanet", "norm"),
+        ("quantizer", "bins"),
+        ("quantizer", "n_q"),
+        ("quantizer", "dimension"),
+        ("transformer", "max_period"),
+        ("transformer", "dim_feedforward"),
+        ("transformer", "norm"),
+    ):
         del config[section][key]
     config["seanet"]["n_filters"] = 2
     official = loaders.get_mimi(None, config)
     config["quantizer"]["n_q"] = 8
     official = official_mimi(config)
     del config["quantizer"]["n_q"]
-    ours = load_mimi(save(official, tmp_path / "m.safetensors"), MimiConfig.from_dict(json.loads(json.dumps(config))))
+    ours = load_mimi(
+        save(official, tmp_path / "m.safetensors"), MimiConfig.from_dict(json.loads(json.dumps(config)))
+    )
     pcm = sound(1, 7, ours)
     close(ours.to_latent(pcm), official.encode_to_latent(pcm, quantize=False))
     close(ours.decode(official.encode(pcm)), official.decode(official.encode(pcm)))
 
 
-@pytest.mark.parametrize("section, key, value", [
-    (None, "sample_rate", 0), (None, "frame_rate", 13.0), (None, "channels", 2), (None, "surprise", 1),
-    (None, "sample_rate", "24k"), ("seanet", "ratios", [5, 3]), ("seanet", "ratios", [4, 0, 2]),
-    ("seanet", "ratios", 24), ("seanet", "ratios", []), ("seanet", "n_filters", 2**20), ("transformer", "max_period", 1e300),
-    ("quantizer", "n_q", 10**30), ("seanet", "norm", "weight_norm"), ("seanet", "pad_mode", "reflect"),
-    ("seanet", "causal", False), ("seanet", "surprise", 1), ("seanet", "dimension", 31),
-    ("seanet", "n_residual_layers", 3), ("seanet", "kernel_size", -1), ("quantizer", "n_q", 1),
-    ("quantizer", "bins", 0), ("quantizer", "n_q_semantic", 2), ("quantizer", "surprise", 1),
-    ("quantizer", "input_dimension", 64), ("transformer", "num_heads", 5), ("transformer", "context", None),
-    ("transformer", "context", 2.5), ("transformer", "gating", "silu"), ("transformer", "norm", "rms_norm"),
-    ("transformer", "positional_embedding", "sin"), ("transformer", "surprise", 1), ("transformer", "num_layers", True),
-    ("surprise", "key", 1)])
+@pytest.mark.parametrize(
+    "section, key, value",
+    [
+        (None, "sample_rate", 0),
+        (None, "frame_rate", 13.0),
+        (None, "channels", 2),
+        (None, "surprise", 1),
+        (None, "sample_rate", "24k"),
+        ("seanet", "ratios", [5, 3]),
+        ("seanet", "ratios", [4, 0, 2]),
+        ("seanet", "ratios", 24),
+        ("seanet", "ratios", []),
+        ("seanet", "n_filters", 2**20),
+        ("transformer", "max_period", 1e300),
+        ("quantizer", "n_q", 10**30),
+        ("seanet", "norm", "weight_norm"),
+        ("seanet", "pad_mode", "reflect"),
+        ("seanet", "causal", False),
+        ("seanet", "surprise", 1),
+        ("seanet", "dimension", 31),
+        ("seanet", "n_residual_layers", 3),
+        ("seanet", "kernel_size", -1),
+        ("quantizer", "n_q", 1),
+        ("quantizer", "bins", 0),
+        ("quantizer", "n_q_semantic", 2),
+        ("quantizer", "surprise", 1),
+        ("quantizer", "input_dimension", 64),
+        ("transformer", "num_heads", 5),
+        ("transformer", "context", None),
+        ("transformer", "context", 2.5),
+        ("transformer", "gating", "silu"),
+        ("transformer", "norm", "rms_norm"),
+        ("transformer", "positional_embedding", "sin"),
+        ("transformer", "surprise", 1),
+        ("transformer", "num_layers", True),
+        ("surprise", "key", 1),
+    ],
+)
 def test_wrong_configs(section, key, value):
     """An unknown key or an impossible value is an error that names it."""
     config = copy.deepcopy(MIMI["small"])
@@ -493,8 +576,17 @@ def test_wrong_configs(section, key, value):
     with pytest.raises(ValueError) as caught:
         MimiConfig.from_dict(config)
     message = str(caught.value)
-    ours = {"n_q": "codebook", "num_heads": "heads", "dimension": "dim", "sample_rate": "frame_rate",
-            "ratios": "ratio", "bins": "codebook_size", "key": "surprise", "n_filters": "filters", "input_dimension": "dim"}
+    ours = {
+        "n_q": "codebook",
+        "num_heads": "heads",
+        "dimension": "dim",
+        "sample_rate": "frame_rate",
+        "ratios": "ratio",
+        "bins": "codebook_size",
+        "key": "surprise",
+        "n_filters": "filters",
+        "input_dimension": "dim",
+    }
     assert key in message or ours.get(key, key) in message, message
 
 

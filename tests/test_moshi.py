@@ -3,6 +3,7 @@
 What catches what (each was tried, see mutations.py): forward catches delays, masks and every weight; the sampler tests
 catch the order of random draws, the ring, offsets and forcing; the agreement of both catches what they could share.
 """
+
 import copy
 import json
 import os
@@ -14,8 +15,22 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from reference import (LM, ForcedLMGen, close, error, finetune_loss, is_tie, lm_config, loaders, measured,
-                       official_lm, official_tensors, old_names, save, watched)
+from reference import (
+    LM,
+    ForcedLMGen,
+    close,
+    error,
+    finetune_loss,
+    is_tie,
+    lm_config,
+    loaders,
+    measured,
+    official_lm,
+    official_tensors,
+    old_names,
+    save,
+    watched,
+)
 from safetensors.torch import load_file, save_file
 
 from mimi_min import init_state
@@ -35,9 +50,17 @@ def pair(tmp_path_factory):
     def make(name, device="cpu", dtype=torch.float32):
         if (name, device, dtype) not in made:
             official = official_lm(LM[name], seed=sum(map(ord, name)), device=device, dtype=dtype)
-            path = save(official, tmp_path_factory.mktemp("moshi") / "moshi.safetensors", old=name in ("gqa_wide", "two_own"))
-            made[name, device, dtype] = load_moshi(path, MoshiConfig.from_dict(LM[name]), device, dtype), official
+            path = save(
+                official,
+                tmp_path_factory.mktemp("moshi") / "moshi.safetensors",
+                old=name in ("gqa_wide", "two_own"),
+            )
+            made[name, device, dtype] = (
+                load_moshi(path, MoshiConfig.from_dict(LM[name]), device, dtype),
+                official,
+            )
         return made[name, device, dtype]
+
     return make
 
 
@@ -85,8 +108,11 @@ def test_gated_feed_forward(pair, place, name):
     """SwiGLU, at the usual width and at 4 * dim, in the temporal transformer."""
     ours, official = pair(name, *place)
     x = torch.randn(2, 9, LM[name]["dim"]).to(*place)
-    close(ours.transformer.layers[1].feed_forward(x), official.transformer.layers[1].gating(x),
-          1e-6 if place[1] == torch.float32 else 0.01)
+    close(
+        ours.transformer.layers[1].feed_forward(x),
+        official.transformer.layers[1].gating(x),
+        1e-6 if place[1] == torch.float32 else 0.01,
+    )
 
 
 @torch.no_grad()
@@ -96,7 +122,9 @@ def test_attention(pair, place, name):
     ours, official = pair(name, *place)
     x = torch.randn(2, 40, LM[name]["dim"]).to(*place)
     mine = ours.transformer.layers[1].attention(x, ours.transformer.window(x, None))
-    close(mine, official.transformer.layers[1].self_attn(x, x, x), 2e-6 if place[1] == torch.float32 else 0.02)
+    close(
+        mine, official.transformer.layers[1].self_attn(x, x, x), 2e-6 if place[1] == torch.float32 else 0.02
+    )
 
 
 @torch.no_grad()
@@ -124,7 +152,9 @@ def test_forward(pair, place, name):
     for frames in (40, 1):
         codes = make_codes(LM[name], 2, frames, place[0])
         output, expected = ours(codes), official(codes)
-        assert torch.equal(output.text_mask, expected.text_mask) and torch.equal(output.audio_mask, expected.mask)
+        assert torch.equal(output.text_mask, expected.text_mask) and torch.equal(
+            output.audio_mask, expected.mask
+        )
         if frames > 1:
             same_logits(output.text_logits, expected.text_logits, place[1])
             same_logits(output.audio_logits, expected.logits, place[1])
@@ -166,8 +196,10 @@ def test_bfloat16_rounds_like_the_official(pair, device, name):
     codes = make_codes(LM[name], 4, 40, device)
     truth = copy.deepcopy(official).float()(codes)
     mine, theirs = ours(codes), official(codes)
-    for a, b, c in ((mine.text_logits, theirs.text_logits, truth.text_logits),
-                    (mine.audio_logits, theirs.logits, truth.logits)):
+    for a, b, c in (
+        (mine.text_logits, theirs.text_logits, truth.text_logits),
+        (mine.audio_logits, theirs.logits, truth.logits),
+    ):
         there = ~c.isnan()
         assert (a - c)[there].square().mean().sqrt() <= 1.25 * (b - c)[there].square().mean().sqrt()
 
@@ -194,9 +226,9 @@ def test_rows_of_a_batch_are_independent(pair, device):
     codes = make_codes(LM["uneven"], 3, 20, device)
     together = ours(codes)
     for row in range(3):
-        alone = ours(codes[row:row + 1])
-        close(together.audio_logits[row:row + 1].nan_to_num(), alone.audio_logits.nan_to_num())
-        assert torch.equal(together.audio_mask[row:row + 1], alone.audio_mask)
+        alone = ours(codes[row : row + 1])
+        close(together.audio_logits[row : row + 1].nan_to_num(), alone.audio_logits.nan_to_num())
+        assert torch.equal(together.audio_mask[row : row + 1], alone.audio_mask)
 
 
 @torch.no_grad()
@@ -214,7 +246,9 @@ def test_forward_is_causal(pair, device):
         assert not text[0, :11].any() and text[0, 12]
         delays, delay = LM["small"]["delays"], LM["small"]["delays"][stream]
         for k in range(3):
-            first = 10 + delay - delays[1 + k] + (0 if stream < 1 + k else 1)  # that depth step, or the next time step
+            first = (
+                10 + delay - delays[1 + k] + (0 if stream < 1 + k else 1)
+            )  # that depth step, or the next time step
             assert not audio[k, :first].any() and audio[k, first], (stream, k)
 
 
@@ -231,7 +265,9 @@ def test_loss_and_gradients(pair, device, tmp_path, name):
     assert total.item() == pytest.approx((text + audio).item(), rel=1e-5)
     total.backward()
     (text + audio).backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in ours.parameters()), "a parameter without gradient"
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in ours.parameters()), (
+        "a parameter without gradient"
+    )
     mine = official_tensors(ours, save_moshi, tmp_path / "gradients.safetensors", lambda p: p.grad)
     for key, parameter in official.named_parameters():
         found = error(mine[key], parameter.grad)
@@ -274,12 +310,15 @@ def speak(sampler, user, texts=None, audios=None):
     """Run a sampler, ours or the official one, over user codes [B, n_user, S]: what each step gave."""
     outputs = []
     for s in range(user.shape[-1]):
-        text, audio = texts[..., s] if texts is not None else None, audios[..., s] if audios is not None else None
+        text, audio = (
+            texts[..., s] if texts is not None else None,
+            audios[..., s] if audios is not None else None,
+        )
         if isinstance(sampler, MoshiGen):
-            outputs.append(sampler.step(user[..., s:s + 1], text, audio))
+            outputs.append(sampler.step(user[..., s : s + 1], text, audio))
         else:
             sampler.text, sampler.audio = text, audio
-            outputs.append(sampler.step(user[..., s:s + 1]))
+            outputs.append(sampler.step(user[..., s : s + 1]))
     return outputs
 
 
@@ -296,8 +335,11 @@ def both_speak(ours, official, user, texts=None, audios=None, greedy=False, **op
 def same_tokens(mine, theirs, delays, first=None):
     """The same steps gave nothing (the first max(delays)), and the others the same tokens. Returns them [B, K, F]."""
     silent = max(delays) if first is None else first
-    assert [step is None for step in mine] == [step is None for step in theirs] == [
-        s < silent for s in range(len(mine))]
+    assert (
+        [step is None for step in mine]
+        == [step is None for step in theirs]
+        == [s < silent for s in range(len(mine))]
+    )
     mine, theirs = torch.cat(mine[silent:], -1), torch.cat(theirs[silent:], -1)
     wrong = (mine != theirs).any(1).any(0).nonzero()
     assert not len(wrong), f"{len(wrong)} of {mine.shape[-1]} frames differ, the first is {wrong[0].item()}"
@@ -311,17 +353,32 @@ def user_codes(config, batch, steps, device="cpu"):
 
 
 @pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("name, batch, steps", [("small", 1, 300), ("uneven", 3, 300), ("gqa_wide", 2, 80),
-                                                ("all_own", 1, 80), ("more_own", 2, 80), ("two_own", 3, 80)])
+@pytest.mark.parametrize(
+    "name, batch, steps",
+    [
+        ("small", 1, 300),
+        ("uneven", 3, 300),
+        ("gqa_wide", 2, 80),
+        ("all_own", 1, 80),
+        ("more_own", 2, 80),
+        ("two_own", 3, 80),
+    ],
+)
 def test_sampler(pair, device, name, batch, steps, greedy):
     """Token for token the official LMGen, far past the context, from the same seed."""
     ours, official = pair(name, device)
     options = {} if greedy else {"temp": 0.9, "temp_text": 1.2, "top_k": 20, "top_k_text": 250}
-    mine, theirs = both_speak(ours, official, user_codes(LM[name], batch, steps, device), greedy=greedy, **options)
+    mine, theirs = both_speak(
+        ours, official, user_codes(LM[name], batch, steps, device), greedy=greedy, **options
+    )
     tokens = same_tokens(mine, theirs, LM[name]["delays"])
     assert tokens.shape == (batch, 1 + LM[name]["dep_q"], steps - max(LM[name]["delays"]))
     assert all(len(stream.unique()) > 3 for stream in tokens.transpose(0, 1)), "it says hardly anything"
-    assert (tokens >= 0).all() and (tokens[:, 1:] < LM[name]["card"]).all() and (tokens[:, 0] < LM[name]["text_card"]).all()
+    assert (
+        (tokens >= 0).all()
+        and (tokens[:, 1:] < LM[name]["card"]).all()
+        and (tokens[:, 0] < LM[name]["text_card"]).all()
+    )
 
 
 def test_default_options_are_the_official_ones(pair):
@@ -332,8 +389,18 @@ def test_default_options_are_the_official_ones(pair):
 
 def test_released_vocabulary(tmp_path_factory, device):
     """At 32000 text tokens and 8 times 2048 x top-k 250, until a tie: what was drawn is then shown to be one."""
-    config = lm_config(dim=64, text_card=32000, card=2048, n_q=16, dep_q=8, context=20, depformer_dim=32,
-                       depformer_dim_feedforward=4 * 33, delays=loaders._lm_kwargs["delays"], depformer_context=8)
+    config = lm_config(
+        dim=64,
+        text_card=32000,
+        card=2048,
+        n_q=16,
+        dep_q=8,
+        context=20,
+        depformer_dim=32,
+        depformer_dim_feedforward=4 * 33,
+        delays=loaders._lm_kwargs["delays"],
+        depformer_context=8,
+    )
     official = official_lm(config, seed=8, device=device)
     path = save(official, tmp_path_factory.mktemp("vocabulary") / "moshi.safetensors")
     ours = load_moshi(path, MoshiConfig.from_dict(config), device, torch.float32)
@@ -354,7 +421,9 @@ def test_released_vocabulary(tmp_path_factory, device):
             for k, wait in enumerate([1, 1, 0, 0, 0, 0, 0, 0, 0]):
                 draw = draws[9 * (s - wait) + k]
                 if a[0, k] != b[0, k]:
-                    assert is_tie(draw, 0, a[0, k].item(), 1e-4), f"seed {seed} step {s} stream {k}: not a tie"
+                    assert is_tie(draw, 0, a[0, k].item(), 1e-4), (
+                        f"seed {seed} step {s} stream {k}: not a tie"
+                    )
                     ties += 1
                     break
             break
@@ -375,7 +444,7 @@ def test_forced_tokens(pair, device):
         mine, theirs = both_speak(ours, official, user, texts, audios)
         tokens = same_tokens(mine, theirs, config["delays"])
         delay = config["delays"][0]
-        wanted = texts[:, delay:][:, :tokens.shape[-1]]
+        wanted = texts[:, delay:][:, : tokens.shape[-1]]
         assert torch.equal(tokens[:, 0][wanted != -2], wanted[wanted != -2])
         for only in ({"texts": texts}, {"audios": audios}):
             same_tokens(*both_speak(ours, official, user, **only, greedy=True), config["delays"])
@@ -391,16 +460,25 @@ def test_official_hooks(pair):
     now = {}
     replaced = ForcedLMGen(official, use_sampling=False)
     with replaced.streaming(1):
-        same_tokens(mine, [replaced.step(user[..., s:s + 1], depformer_replace_tokens=audios[..., s:s + 1])
-                           for s in range(steps)], config["delays"])
-    hooked = type(replaced).__mro__[1](official, on_text_hook=lambda token: token.copy_(now["text"]),
-                                       on_audio_hook=lambda tokens: tokens.copy_(now["audio"]))
+        same_tokens(
+            mine,
+            [
+                replaced.step(user[..., s : s + 1], depformer_replace_tokens=audios[..., s : s + 1])
+                for s in range(steps)
+            ],
+            config["delays"],
+        )
+    hooked = type(replaced).__mro__[1](
+        official,
+        on_text_hook=lambda token: token.copy_(now["text"]),
+        on_audio_hook=lambda tokens: tokens.copy_(now["audio"]),
+    )
     torch.manual_seed(1)
     theirs = []
     with hooked.streaming(1):
         for s in range(steps):
             now["text"], now["audio"] = texts[:, s], audios[..., s]
-            theirs.append(hooked.step(user[..., s:s + 1]))
+            theirs.append(hooked.step(user[..., s : s + 1]))
     torch.manual_seed(1)
     same_tokens(speak(MoshiGen(ours, 1), user, texts, audios), theirs, config["delays"])
 
@@ -424,14 +502,18 @@ def test_rows_of_a_sampler_are_independent(pair, device):
     user = user_codes(LM["uneven"], 3, 60, device)
     together = speak(MoshiGen(ours, 3, greedy=True), user)
     for row in range(3):
-        alone = speak(MoshiGen(ours, 1, greedy=True), user[row:row + 1])
-        same_tokens([step if step is None else step[row:row + 1] for step in together], alone, LM["uneven"]["delays"])
+        alone = speak(MoshiGen(ours, 1, greedy=True), user[row : row + 1])
+        same_tokens(
+            [step if step is None else step[row : row + 1] for step in together],
+            alone,
+            LM["uneven"]["delays"],
+        )
 
 
 def aligned(config, tokens, user):
     """Codes as `forward` takes them: Moshi's tokens [B, 1 + dep_q, F], and the user's frame of step f + 1 as frame f."""
     frames = min(tokens.shape[-1], user.shape[-1] - 1)
-    return torch.cat([tokens[..., :frames], user[..., 1:1 + frames]], dim=1)
+    return torch.cat([tokens[..., :frames], user[..., 1 : 1 + frames]], dim=1)
 
 
 def check_agreement(config, moshi, codes, skip=0):
@@ -475,7 +557,7 @@ def test_prefill(pair, device, name, frames):
     steps = frames + 1 + more
     forced = torch.full((2, own, steps), -2, device=device)
     for k in range(own):
-        forced[:, k, delays[k]:delays[k] + frames] = history[:, k]
+        forced[:, k, delays[k] : delays[k] + frames] = history[:, k]
     heard = torch.cat([torch.zeros_like(history[:, own:, :1]), history[:, own:], user], -1)
     for greedy in (True, False):
         sampler = ForcedLMGen(official, use_sampling=not greedy, check=True)
@@ -492,7 +574,7 @@ def test_prefill(pair, device, name, frames):
         if greedy:  # and `forward` on the same history agrees with what was said next
             start = frames + 1 + silent - max(delays)  # the frame that came out first
             said = torch.cat([history[:, :own, :start], tokens], -1)
-            codes = torch.cat([said, torch.cat([history[:, own:], user], -1)[..., :said.shape[-1]]], 1)
+            codes = torch.cat([said, torch.cat([history[:, own:], user], -1)[..., : said.shape[-1]]], 1)
             check_agreement(config, ours, codes, skip=frames)
     assert len(before) == frames
 
@@ -501,12 +583,17 @@ def test_wrong_calls(pair):
     """Shapes and options that cannot be meant are refused in one sentence."""
     ours, _ = pair("small")
     sampler, with_gradients = MoshiGen(ours, 2), Moshi(MoshiConfig.from_dict(LM["small"]))
-    for call in (lambda: sampler.step(torch.zeros(1, 3, 1, dtype=torch.long)),
-                 lambda: sampler.step(torch.zeros(2, 2, 1, dtype=torch.long)),
-                 lambda: sampler.prefill(torch.zeros(2, 6, 4, dtype=torch.long)),
-                 lambda: ours(torch.zeros(1, 6, 4, dtype=torch.long)),
-                 lambda: with_gradients.temporal(torch.zeros(1, 7, 1, dtype=torch.long), init_state(with_gradients, 1)),
-                 lambda: MoshiGen(ours, top_k=0), lambda: MoshiGen(ours, temp=-1)):
+    for call in (
+        lambda: sampler.step(torch.zeros(1, 3, 1, dtype=torch.long)),
+        lambda: sampler.step(torch.zeros(2, 2, 1, dtype=torch.long)),
+        lambda: sampler.prefill(torch.zeros(2, 6, 4, dtype=torch.long)),
+        lambda: ours(torch.zeros(1, 6, 4, dtype=torch.long)),
+        lambda: with_gradients.temporal(
+            torch.zeros(1, 7, 1, dtype=torch.long), init_state(with_gradients, 1)
+        ),
+        lambda: MoshiGen(ours, top_k=0),
+        lambda: MoshiGen(ours, temp=-1),
+    ):
         with pytest.raises(ValueError):
             call()
 
@@ -590,10 +677,19 @@ def test_broken_files(tmp_path):
         assert "\n" not in str(caught.value)
 
     for source in (state, old_names(state)):
-        for name in ("emb.3.weight", "depformer_emb.1.weight", "depformer.layers.1.gating.2.linear_in.weight",
-                     "linears.2.weight", "out_norm.alpha", next(n for n in source if n.startswith("depformer.layers.0.self")),
-                     next(n for n in source if n.startswith("transformer.layers.2.self"))):
-            refused({key: t for key, t in source.items() if key != name}, name.split(".in_proj")[0].split(".out_proj")[0])
+        for name in (
+            "emb.3.weight",
+            "depformer_emb.1.weight",
+            "depformer.layers.1.gating.2.linear_in.weight",
+            "linears.2.weight",
+            "out_norm.alpha",
+            next(n for n in source if n.startswith("depformer.layers.0.self")),
+            next(n for n in source if n.startswith("transformer.layers.2.self")),
+        ):
+            refused(
+                {key: t for key, t in source.items() if key != name},
+                name.split(".in_proj")[0].split(".out_proj")[0],
+            )
             refused({**source, name: source[name][..., :-1].clone()}, name)
         refused({**source, "extra_heads.0.weight": torch.zeros(3)}, "extra_heads.0.weight")
     path.write_bytes(pickle.dumps({"model": [1.0]}))
@@ -620,9 +716,11 @@ def test_default_config_is_the_released_7b():
 @torch.no_grad()
 def test_missing_keys_have_the_official_defaults(tmp_path):
     """A config without a key means LMModel's default, and the depth decoder inherits what it has no key for."""
-    for gone in (["kv_repeat", "depformer_kv_repeat", "max_period", "hidden_scale", "existing_text_padding_id"],
-                 ["depformer_num_layers", "depformer_gating", "depformer_dim_feedforward", "layer_scale"],
-                 ["depformer_kv_repeat", "depformer_dim", "num_heads", "depformer_layer_scale", "causal"]):
+    for gone in (
+        ["kv_repeat", "depformer_kv_repeat", "max_period", "hidden_scale", "existing_text_padding_id"],
+        ["depformer_num_layers", "depformer_gating", "depformer_dim_feedforward", "layer_scale"],
+        ["depformer_kv_repeat", "depformer_dim", "num_heads", "depformer_layer_scale", "causal"],
+    ):
         config = lm_config(kv_repeat=2, depformer_kv_repeat=1, dim=64, depformer_num_heads=4)
         config = {key: value for key, value in config.items() if key not in gone}
         official = official_lm(config, seed=1)
@@ -631,20 +729,59 @@ def test_missing_keys_have_the_official_defaults(tmp_path):
         codes = make_codes(config, 1, 20)
         same_logits(ours(codes).audio_logits, official(codes).logits, torch.float32)
         assert ours.loss(codes)[0].item() == pytest.approx(
-            sum(finetune_loss(official(codes), codes, official)).item(), rel=1e-5)
+            sum(finetune_loss(official(codes), codes, official)).item(), rel=1e-5
+        )
 
 
-@pytest.mark.parametrize("key, value", [
-    ("surprise", 1), ("hidden_scale", 0.03), ("hidden_scale", 2**20), ("depformer_dim_feedforward", 1), ("context", 2**20),
-    ("max_period", 1e300), ("dim", 33), ("dim", 0), ("dim", "32"), ("num_heads", 5), ("kv_repeat", 3), ("n_q", 5), ("dep_q", 7),
-    ("delays", [0, 0, 1]), ("delays", [0, 0, 1, -1, 0, 1, 1]), ("delays", None), ("delays", [0, 0, 1, 0.5, 0, 1, 1]),
-    ("context", None), ("context", 0), ("gating", "gelu"), ("norm", "layer_norm"), ("positional_embedding", "sin"),
-    ("causal", False), ("layer_scale", 0.1), ("depformer_pos_emb", "rope"), ("depformer_multi_linear", False),
-    ("depformer_weights_per_step", False), ("depformer_gating", "none"), ("depformer_norm", "rms_norm_f32"),
-    ("depformer_num_heads", 5), ("depformer_weights_per_step_schedule", [0, 1, 1]), ("cross_attention", True),
-    ("conditioners", {"description": {}}), ("extra_heads_num_heads", 4), ("demux_second_text_stream", True),
-    ("text_card_out", 7), ("depformer_low_rank_embeddings", 8), ("bias_proj", True), ("norm_emb", True),
-    ("existing_text_padding_id", 400), ("num_layers", True), ("card", -1), ("quantize", True), ("lora", True)])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("surprise", 1),
+        ("hidden_scale", 0.03),
+        ("hidden_scale", 2**20),
+        ("depformer_dim_feedforward", 1),
+        ("context", 2**20),
+        ("max_period", 1e300),
+        ("dim", 33),
+        ("dim", 0),
+        ("dim", "32"),
+        ("num_heads", 5),
+        ("kv_repeat", 3),
+        ("n_q", 5),
+        ("dep_q", 7),
+        ("delays", [0, 0, 1]),
+        ("delays", [0, 0, 1, -1, 0, 1, 1]),
+        ("delays", None),
+        ("delays", [0, 0, 1, 0.5, 0, 1, 1]),
+        ("context", None),
+        ("context", 0),
+        ("gating", "gelu"),
+        ("norm", "layer_norm"),
+        ("positional_embedding", "sin"),
+        ("causal", False),
+        ("layer_scale", 0.1),
+        ("depformer_pos_emb", "rope"),
+        ("depformer_multi_linear", False),
+        ("depformer_weights_per_step", False),
+        ("depformer_gating", "none"),
+        ("depformer_norm", "rms_norm_f32"),
+        ("depformer_num_heads", 5),
+        ("depformer_weights_per_step_schedule", [0, 1, 1]),
+        ("cross_attention", True),
+        ("conditioners", {"description": {}}),
+        ("extra_heads_num_heads", 4),
+        ("demux_second_text_stream", True),
+        ("text_card_out", 7),
+        ("depformer_low_rank_embeddings", 8),
+        ("bias_proj", True),
+        ("norm_emb", True),
+        ("existing_text_padding_id", 400),
+        ("num_layers", True),
+        ("card", -1),
+        ("quantize", True),
+        ("lora", True),
+    ],
+)
 def test_wrong_configs(key, value):
     """An unknown key or an impossible value is an error that names it."""
     with pytest.raises(ValueError) as caught:
@@ -677,9 +814,21 @@ print(loaded, peak() - before)
 def test_loading_takes_little_memory(tmp_path, old):
     """Opening a bf16 file and reading all of it takes at most 1.15 times its size: nothing but the depth decoder's
     stacking, with its share as large as in the 7B, is copied."""
-    config = lm_config(dim=1024, num_heads=8, num_layers=10, n_q=16, dep_q=8, card=2048, text_card=8000, context=100,
-                       depformer_dim=256, depformer_num_heads=4, depformer_num_layers=1,
-                       depformer_dim_feedforward=4 * 264, delays=loaders._lm_kwargs["delays"])
+    config = lm_config(
+        dim=1024,
+        num_heads=8,
+        num_layers=10,
+        n_q=16,
+        dep_q=8,
+        card=2048,
+        text_card=8000,
+        context=100,
+        depformer_dim=256,
+        depformer_num_heads=4,
+        depformer_num_layers=1,
+        depformer_dim_feedforward=4 * 264,
+        delays=loaders._lm_kwargs["delays"],
+    )
     sizes = {}
     for name, lm in (("small", LM["small"]), ("large", config)):
         shapes = loaders.get_moshi_lm(None, lm, device="meta").state_dict()
@@ -688,25 +837,61 @@ def test_loading_takes_little_memory(tmp_path, old):
         sizes[name] = os.path.getsize(tmp_path / name)
         del state
     assert sizes["large"] > 300e6
-    command = [sys.executable, "-c", MEMORY, tmp_path / "small", tmp_path / "large", json.dumps(LM["small"]),
-               json.dumps(config)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-c",
+        MEMORY,
+        tmp_path / "small",
+        tmp_path / "large",
+        json.dumps(LM["small"]),
+        json.dumps(config),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     loaded, read = (int(peak) / sizes["large"] for peak in done.stdout.split())
-    print(f"{sizes['large'] / 1e6:.0f} MB, peak after opening {loaded:.3f} of that, after reading all {read:.3f}")
+    print(
+        f"{sizes['large'] / 1e6:.0f} MB, peak after opening {loaded:.3f} of that, after reading all {read:.3f}"
+    )
     assert 0.9 < read <= 1.15 and loaded <= 1.15
 
 
 # ---- the released weights ---------------------------------------------------------------------------------------
 
 CHECKPOINT = os.environ.get("MOSHI_CHECKPOINT")
-needs_checkpoint = pytest.mark.skipif(not CHECKPOINT, reason="MOSHI_CHECKPOINT names no folder with released weights")
+needs_checkpoint = pytest.mark.skipif(
+    not CHECKPOINT, reason="MOSHI_CHECKPOINT names no folder with released weights"
+)
 KNOWN = {  # from the test suite of transformers: greedy, the user one encoded frame of silence, again and again
-    "moshiko": ([3, 3, 3, 0, 11725, 261, 3, 3, 3, 3], 72065,
-                [[1049, 127], [1700, 243], [1626, 457], [546, 290], [306, 306], [1443, 1443], [1871, 428], [2008, 1744]]),
-    "moshika": ([3, 3, 3, 0, 667, 263, 3, 3, 0, 705], 72932,
-                [[1049, 127], [1700, 243], [1626, 457], [546, 290], [306, 306], [1443, 347], [1871, 428], [2008, 2008]]),
+    "moshiko": (
+        [3, 3, 3, 0, 11725, 261, 3, 3, 3, 3],
+        72065,
+        [
+            [1049, 127],
+            [1700, 243],
+            [1626, 457],
+            [546, 290],
+            [306, 306],
+            [1443, 1443],
+            [1871, 428],
+            [2008, 1744],
+        ],
+    ),
+    "moshika": (
+        [3, 3, 3, 0, 667, 263, 3, 3, 0, 705],
+        72932,
+        [
+            [1049, 127],
+            [1700, 243],
+            [1626, 457],
+            [546, 290],
+            [306, 306],
+            [1443, 347],
+            [1871, 428],
+            [2008, 2008],
+        ],
+    ),
 }
 
 
@@ -714,8 +899,11 @@ def released_files():
     """The paths in the folder: config (or None), model, Mimi."""
     folder = Path(CHECKPOINT)
     config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
-    return (config, folder / config.get("moshi_name", loaders.MOSHI_NAME),
-            folder / config.get("mimi_name", loaders.MIMI_NAME))
+    return (
+        config,
+        folder / config.get("moshi_name", loaders.MOSHI_NAME),
+        folder / config.get("mimi_name", loaders.MIMI_NAME),
+    )
 
 
 @needs_checkpoint
@@ -724,7 +912,9 @@ def test_released_mimi(device):
     """The released codec on a tone in noise: the official codes and wave."""
     checkpoint = load_checkpoint(CHECKPOINT, device)
     official = loaders.get_mimi(released_files()[2], device=device)
-    wave = (torch.sin(torch.arange(1920 * 50) * 0.05) * 0.3 + torch.randn(1920 * 50) * 0.02)[None, None].to(device)
+    wave = (torch.sin(torch.arange(1920 * 50) * 0.05) * 0.3 + torch.randn(1920 * 50) * 0.02)[None, None].to(
+        device
+    )
     expected = official.encode(wave)
     assert (checkpoint.mimi.encode(wave) == expected).float().mean() > 0.99
     close(checkpoint.mimi.decode(expected), official.decode(expected))
@@ -737,9 +927,23 @@ def test_released_moshi(device):
     _, path, _ = released_files()
     checkpoint = load_checkpoint(CHECKPOINT, device, torch.bfloat16)
     config = checkpoint.moshi.config
-    kwargs = {k: v for k, v in checkpoint.config.items() if k not in (
-        "moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "lora_name", "model_type", "lm_gen_config",
-        "tts_config", "stt_config", "model_id")}
+    kwargs = {
+        k: v
+        for k, v in checkpoint.config.items()
+        if k
+        not in (
+            "moshi_name",
+            "mimi_name",
+            "mimi_config_name",
+            "tokenizer_name",
+            "lora_name",
+            "model_type",
+            "lm_gen_config",
+            "tts_config",
+            "stt_config",
+            "model_id",
+        )
+    }
     official = loaders.get_moshi_lm(path, kwargs or None, device=device)
     codes = torch.randint(config.card, (1, 1 + config.n_q, 6), device=device)
     same_logits(checkpoint.moshi(codes).text_logits, official(codes).text_logits, torch.bfloat16)

@@ -1,4 +1,5 @@
 """The trained checkpoint in tiny/: it says what it should, stops when it is told to, and the official package agrees."""
+
 import os
 import subprocess
 import sys
@@ -18,8 +19,10 @@ ANSWERS = {  # recording -> what Moshi says to it
     "hello.wav": "hello how can i help you",
     "count.wav": "three four five six seven eight nine",
 }
-CONVERSATION = ("hello how can i help you nine minus four is five seventeen eighteen nineteen twenty twenty one "
-                "twenty i am a tiny moshi you are welcome")  # told to stop in the middle of twenty two
+CONVERSATION = (
+    "hello how can i help you nine minus four is five seventeen eighteen nineteen twenty twenty one "
+    "twenty i am a tiny moshi you are welcome"
+)  # told to stop in the middle of twenty two
 pytestmark = pytest.mark.skipif(not (TINY / MOSHI_FILE).exists(), reason="tiny/ holds no checkpoint yet")
 
 
@@ -46,8 +49,12 @@ def test_conversation():
 
 def test_program(tmp_path):
     """`python generate.py` in a folder of the user's: the question of tiny/, its answer printed and in answer.wav."""
-    run = subprocess.run([sys.executable, str(ROOT / "generate.py"), "--device", "cpu"], cwd=tmp_path,
-                         capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "generate.py"), "--device", "cpu"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ANSWERS["question.wav"].split()
     assert parse((tmp_path / "answer.wav").read_bytes()).std() > 300
@@ -62,8 +69,14 @@ def test_same_as_the_official_package(name):
     """
     asked = recording(name)
     _, tokens, sound = answer(asked)
-    info = loaders.CheckpointInfo.from_hf_repo("none", TINY / MOSHI_FILE, TINY / MIMI_FILE, TINY / TOKENIZER_FILE,
-                                               TINY / "config.json", TINY / "mimi_config.json")
+    info = loaders.CheckpointInfo.from_hf_repo(
+        "none",
+        TINY / MOSHI_FILE,
+        TINY / MIMI_FILE,
+        TINY / TOKENIZER_FILE,
+        TINY / "config.json",
+        TINY / "mimi_config.json",
+    )
     mimi, lm = info.get_mimi("cpu"), info.get_moshi("cpu", torch.float32)
     codes = mimi.encode(asked)
     same_codes(tiny().mimi.encode(asked), codes, mimi, mimi.encode_to_latent(asked, quantize=False))

@@ -1,4 +1,5 @@
 """tiny/train.py, each stage for a few steps: that it runs from nothing, and what its parts do."""
+
 import ctypes.util
 import json
 import sys
@@ -14,7 +15,9 @@ import train  # noqa: E402
 
 from mimi_min import Codebook, Mimi, MimiConfig  # noqa: E402
 
-needs_espeak = pytest.mark.skipif(not ctypes.util.find_library("espeak-ng"), reason="espeak-ng is not installed")
+needs_espeak = pytest.mark.skipif(
+    not ctypes.util.find_library("espeak-ng"), reason="espeak-ng is not installed"
+)
 
 
 @pytest.fixture
@@ -28,8 +31,12 @@ def folder(tmp_path, monkeypatch):
 
 def test_stages_say_what_they_need(folder, tmp_path):
     """A stage without the one before it ends with a line, not a traceback, and writes nothing."""
-    for stage, word in ((train.stage_codec, "data"), (train.stage_voice, "data"), (train.stage_lm, "data"),
-                        (train.stage_eval, "voice")):
+    for stage, word in (
+        (train.stage_codec, "data"),
+        (train.stage_voice, "data"),
+        (train.stage_lm, "data"),
+        (train.stage_eval, "voice"),
+    ):
         with pytest.raises(SystemExit, match=f"first run: python tiny/train.py {word}"):
             stage(tmp_path)
     assert not list(folder.iterdir())
@@ -41,7 +48,9 @@ def test_held_out():
     asked = [turn for kind in ("sum", "difference", "count") for turn in turns[kind]]
     assert 0.07 < sum(turn.held_out for turn in asked) / len(asked) < 0.13
     assert not any(turn.held_out for turn in turns["talk"] + turns["stop"])
-    assert not set(train.HELD_OUT_SPEEDS) - set(train.SPEEDS) and not set(train.HELD_OUT_PITCHES) - set(train.PITCHES)
+    assert not set(train.HELD_OUT_SPEEDS) - set(train.SPEEDS) and not set(train.HELD_OUT_PITCHES) - set(
+        train.PITCHES
+    )
 
 
 class FakeEncoded:
@@ -49,20 +58,28 @@ class FakeEncoded:
 
     def __init__(self):
         self.silence, self.start = np.full(8, -7), np.full((8, train.TAIL + 1), -9)
-        self.users = {"three plus four": [(np.full((8, 6), 50), 5)], "count from three": [(np.full((8, 6), 51), 5)],
-                      "stop": [(np.full((8, 4), 52), 3)]}
+        self.users = {
+            "three plus four": [(np.full((8, 6), 50), 5)],
+            "count from three": [(np.full((8, 6), 51), 5)],
+            "stop": [(np.full((8, 4), 52), 3)],
+        }
         self.words, self.names = {}, {}
         for sentence in ["three plus four is seven", *train.NUMBERS]:
             for key in train.word_keys(sentence.split()):
                 number = self.names.setdefault(key, 100 + len(self.names))
                 tokens = [number, 900, 901] if key[1] == "plus" else [number]
-                self.words[key] = [(number + 1000 * np.tile(np.arange(3), (8, 1)), 2 if key[2] else 3, tokens)]
+                self.words[key] = [
+                    (number + 1000 * np.tile(np.arange(3), (8, 1)), 2 if key[2] else 3, tokens)
+                ]
 
 
-FAKE_TURNS = {"sum": [train.Turn("three plus four", "three plus four is seven")],
-              "difference": [train.Turn("three plus four", "three plus four is seven")],
-              "count": [train.Turn("count from three", count_from=3)], "talk": [train.Turn("stop")],
-              "stop": [train.Turn("stop")]}
+FAKE_TURNS = {
+    "sum": [train.Turn("three plus four", "three plus four is seven")],
+    "difference": [train.Turn("three plus four", "three plus four is seven")],
+    "count": [train.Turn("count from three", count_from=3)],
+    "talk": [train.Turn("stop")],
+    "stop": [train.Turn("stop")],
+}
 
 
 def test_conversation():
@@ -83,11 +100,20 @@ def test_conversation():
             numbers = [encoded.names[key] for key in train.word_keys("three plus four is seven".split())]
             assert [text[at + 3 * n] for n in range(5)] == numbers
             assert [text[at + 3 * n - 1] for n in range(5)] == [0, 0, 901, 0, 0] and text[at - 2] == 3
-            assert moshi[0, at : at + 5].tolist() == [numbers[0], numbers[0] + 1000, numbers[0] + 2000, numbers[1],
-                                                      numbers[1] + 1000]
-        for end in np.flatnonzero((user[0] == 52) & (np.roll(user[0], 1) != 52)) + 3 + 3:  # 'stop' takes 3 frames
+            assert moshi[0, at : at + 5].tolist() == [
+                numbers[0],
+                numbers[0] + 1000,
+                numbers[0] + 2000,
+                numbers[1],
+                numbers[1] + 1000,
+            ]
+        for end in (
+            np.flatnonzero((user[0] == 52) & (np.roll(user[0], 1) != 52)) + 3 + 3
+        ):  # 'stop' takes 3 frames
             if end + 4 < train.FRAMES:
-                assert (moshi[:, end : end + 4] == -7).all() and (text[end : end + 4] == 3).all(), "speaks after 'stop'"
+                assert (moshi[:, end : end + 4] == -7).all() and (text[end : end + 4] == 3).all(), (
+                    "speaks after 'stop'"
+                )
                 stopped += moshi[0, end - 1] != -7
     assert stopped > 5 and 20 < begun < 40
 
@@ -126,27 +152,45 @@ def test_quantize_trains_what_is_used():
     for codebook in quantizer.codebooks[1:3]:
         residual.append(residual[-1] - codebook.decode(codebook.encode(residual[-1])))
     of_rows = [residual[0][0], residual[0][1], residual[1][1], residual[2][1]]
-    assert commitment.item() == pytest.approx(sum(part.pow(2).mean().item() / 2 for part in of_rows), rel=1e-4)
+    assert commitment.item() == pytest.approx(
+        sum(part.pow(2).mean().item() / 2 for part in of_rows), rel=1e-4
+    )
     assert commitment.requires_grad
 
 
-@pytest.mark.parametrize("words, last, expected", [
-    ("three four five", 3.0, True), ("three four five", 4.4, True), ("three four five", 2.8, True),
-    ("three four five", 4.6, False),  # the last number began over 0.7 s after 'stop'
-    ("three four five", 2.6, False),  # it gave up counting, the next number was due before 'stop'
-    ("three five", 3.0, False), ("three four fi", 3.0, False), ("four five", 3.0, False), ("", None, False),
-    (" ".join(train.NUMBERS[3:]), 0.5, True), (" ".join(train.NUMBERS[3:] + ["thirty"]), 0.5, False)])
+@pytest.mark.parametrize(
+    "words, last, expected",
+    [
+        ("three four five", 3.0, True),
+        ("three four five", 4.4, True),
+        ("three four five", 2.8, True),
+        ("three four five", 4.6, False),  # the last number began over 0.7 s after 'stop'
+        ("three four five", 2.6, False),  # it gave up counting, the next number was due before 'stop'
+        ("three five", 3.0, False),
+        ("three four fi", 3.0, False),
+        ("four five", 3.0, False),
+        ("", None, False),
+        (" ".join(train.NUMBERS[3:]), 0.5, True),
+        (" ".join(train.NUMBERS[3:] + ["thirty"]), 0.5, False),
+    ],
+)
 def test_a_right_count(words, last, expected):
     """A count goes up from its first number until 'stop', which ends at 3.8 s here, or to thirty."""
-    asked = train.Asked("count", train.Turn("count from three", count_from=3), 0, 24000, 6 * 24000, stop=int(3.8 * 24000))
+    asked = train.Asked(
+        "count", train.Turn("count from three", count_from=3), 0, 24000, 6 * 24000, stop=int(3.8 * 24000)
+    )
     assert train.is_right(asked, words.split(), None if last is None else int(last * 12.5)) is expected
 
 
 def test_a_right_answer():
     """The whole sentence, nothing else; silence to a 'stop' that had nothing to stop."""
     asked = train.Asked("talk", train.Turn("hello", "hello how can i help you"), 0, 24000)
-    for words, expected in (("hello how can i help you", True), ("hello how can i help", False), ("", False),
-                            ("hello hello how can i help you", False)):
+    for words, expected in (
+        ("hello how can i help you", True),
+        ("hello how can i help", False),
+        ("", False),
+        ("hello hello how can i help you", False),
+    ):
         assert train.is_right(asked, words.split(), 20) is expected
     assert train.is_right(train.Asked("stop", train.Turn("stop"), 0, 9), [], None) is True
 
@@ -158,7 +202,9 @@ def timing(*spans, stop=None):
         sound[int(begins * 24000) : int(ends * 24000)] = 0.1
     tally = train.Tally()
     turn = train.Turn("count from three", count_from=3)
-    train.score_timing(tally, train.Asked("count", turn, 24000, 2 * 24000, 8 * 24000, stop and int(stop * 24000)), sound)
+    train.score_timing(
+        tally, train.Asked("count", turn, 24000, 2 * 24000, 8 * 24000, stop and int(stop * 24000)), sound
+    )
     return [tuple(counts) for counts in tally.rows.values()]
 
 
@@ -206,9 +252,14 @@ def test_cut():
     codes = np.arange(20) + np.zeros((8, 1), int)
     tokenizer = type("Tokenizer", (), {"encode": staticmethod(lambda word: [len(word)])})
     encoded.cut(["one", "plus", "two"], codes, 12, [0.03, 0.24, 0.55], tokenizer)  # frames 0, 3 and 6
-    found = {key: (piece[0].tolist(), length, tokens) for key, [(piece, length, tokens)] in encoded.words.items()}
-    assert found == {("", "one", False): ([0, 1, 2], 3, [3]), ("one", "plus", False): ([3, 4, 5], 3, [4]),
-                     ("plus", "two", True): (list(range(6, 20)), 6, [3])}
+    found = {
+        key: (piece[0].tolist(), length, tokens) for key, [(piece, length, tokens)] in encoded.words.items()
+    }
+    assert found == {
+        ("", "one", False): ([0, 1, 2], 3, [3]),
+        ("one", "plus", False): ([3, 4, 5], 3, [4]),
+        ("plus", "two", True): (list(range(6, 20)), 6, [3]),
+    }
 
 
 def speech_of(sounds, phones=()):
@@ -222,7 +273,11 @@ def speech_of(sounds, phones=()):
 def test_clips():
     """Labels are the phones that sound a quarter and three quarters into each frame, 0 where nothing does."""
     sounds, phones = [], []
-    for first, last in ((1, 6), (7, 11), (12, 22)):  # phones of 0.1 s, number n is heard as a constant n * 1000
+    for first, last in (
+        (1, 6),
+        (7, 11),
+        (12, 22),
+    ):  # phones of 0.1 s, number n is heard as a constant n * 1000
         numbers = np.arange(first, last + 1)
         sounds.append((numbers * 1000).repeat(2400).astype(np.int16))
         phones.append((np.arange(len(numbers)) / 10, numbers))
@@ -234,7 +289,9 @@ def test_clips():
     changes = np.nonzero(np.diff(sound[:20]))[1] + 1
     assert not (changes % 480).any(), "Moshi does not start on a frame"
     assert ((heard == 0) == (labels == 0)).all() and {*labels[20:].flatten()} == {0, *range(7, 23)}
-    gains = [{*np.round(heard[row][labels[row] > 0] / labels[row][labels[row] > 0], 4)} for row in range(20, 40)]
+    gains = [
+        {*np.round(heard[row][labels[row] > 0] / labels[row][labels[row] > 0], 4)} for row in range(20, 40)
+    ]
     assert all(len(gain) == 1 and 0.39 < max(gain) < 1.42 for gain in gains) and len(set().union(*gains)) > 15
 
 
@@ -248,12 +305,17 @@ def test_codes_stand_where_the_sound_is():
         sounds.append(sound[loud[0] : loud[-1] + 1])
     codes, silence = train.encode_all(speech_of(sounds))
     mimi = train.load_mimi(ROOT / "tiny" / train.MIMI_FILE, MimiConfig.from_dict(train.MIMI))
-    levels = [train.decibels(mimi.decode(torch.from_numpy(piece)[None])[0, 0].detach().numpy(), 1920) for piece, _ in codes]
+    levels = [
+        train.decibels(mimi.decode(torch.from_numpy(piece)[None])[0, 0].detach().numpy(), 1920)
+        for piece, _ in codes
+    ]
     (own, own_length), (user, user_length) = codes
     assert own_length == -(-len(sounds[0]) // 1920) and own.shape == (8, own_length + train.OWN_TAIL)
     assert user_length - -(-len(sounds[1]) // 1920) in (0, 1) and user.shape == (8, user_length + train.TAIL)
     original = train.decibels(np.pad(sounds[0] / 32768, (0, 3840)), 1920)[1 : own_length - 1].clip(-50)
-    fits = [np.abs(levels[0][1 + late : own_length - 1 + late].clip(-50) - original).mean() for late in (-1, 0, 1)]
+    fits = [
+        np.abs(levels[0][1 + late : own_length - 1 + late].clip(-50) - original).mean() for late in (-1, 0, 1)
+    ]
     assert np.argmin(fits) == 1 and fits[1] < 4, fits
     assert levels[1][:user_length].max() > -30 and levels[1][user_length + 3 :].max() < -45
     assert silence.shape == (8, 100)
@@ -271,8 +333,16 @@ def test_from_nothing(folder, tmp_path, capsys, monkeypatch):
     train.stage_voice(work, steps=2, batch=2)
     train.stage_lm(work, steps=2, batch=2)
     files = {path: path.read_bytes() for path in folder.iterdir()}
-    assert {path.name for path in files} >= {"config.json", "mimi_config.json", train.MIMI_FILE, train.MOSHI_FILE,
-                                             train.TOKENIZER_FILE, "codec_loss.tsv", "lm_loss.tsv", *train.RECORDINGS}
+    assert {path.name for path in files} >= {
+        "config.json",
+        "mimi_config.json",
+        train.MIMI_FILE,
+        train.MOSHI_FILE,
+        train.TOKENIZER_FILE,
+        "codec_loss.tsv",
+        "lm_loss.tsv",
+        *train.RECORDINGS,
+    }
     assert json.loads((folder / "config.json").read_text())["lm_gen_config"]["temp"] == 0.5
     text, sound = train.talk([np.zeros(5 * 1920, np.float32)] * 2, greedy=True)
     assert text.shape == (2, 5) and sound.shape == (2, 5 * 1920) and np.isfinite(sound).all()
@@ -281,10 +351,18 @@ def test_from_nothing(folder, tmp_path, capsys, monkeypatch):
     assert files == {path: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setattr(train, "all_answers", lambda: {"ten minus nine is one"})
     monkeypatch.setattr(train, "phones_in_codes", lambda espeak, rng: {0: (1, 2), 1: (0, 2)})
-    monkeypatch.setattr(train, "talk", lambda sounds, greedy: (
-        np.full((len(sounds), 400), 3), np.zeros((len(sounds), 400 * 1920), np.float32)))
+    monkeypatch.setattr(
+        train,
+        "talk",
+        lambda sounds, greedy: (
+            np.full((len(sounds), 400), 3),
+            np.zeros((len(sounds), 400 * 1920), np.float32),
+        ),
+    )
     capsys.readouterr()
     train.stage_eval(work, conversations=3)
     table = capsys.readouterr().out
-    assert "| text of the answer exactly right, greedy | 0 of 9 | 0.0 % | 98 % |" in table, "silence is no answer"
+    assert "| text of the answer exactly right, greedy | 0 of 9 | 0.0 % | 98 % |" in table, (
+        "silence is no answer"
+    )
     assert "| silent within 0.7 s of the end of 'stop' | 0 of 0 |" in table, "who never spoke has not stopped"

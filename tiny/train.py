@@ -13,6 +13,7 @@ Stages, each of which can be run alone. Those that train lose at most 200 steps 
 
 It needs espeak-ng (Debian and Ubuntu: `apt-get install espeak-ng`); `eval` also `pip install pocketsphinx`.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -39,8 +40,17 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
 
 from mimi_min import Mimi, MimiConfig, init_state, load_mimi, save_mimi, whole_file  # noqa: E402
-from moshi_min import (MIMI_FILE, MOSHI_FILE, NO_INPUT, TOKENIZER_FILE, Moshi, MoshiConfig,  # noqa: E402
-                       MoshiGen, load_checkpoint, save_moshi)
+from moshi_min import (
+    MIMI_FILE,
+    MOSHI_FILE,
+    NO_INPUT,
+    TOKENIZER_FILE,
+    Moshi,
+    MoshiConfig,  # noqa: E402
+    MoshiGen,
+    load_checkpoint,
+    save_moshi,
+)
 
 RATE, FRAME = 24000, 1920  # samples a second, samples a frame
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,28 +58,75 @@ PAD, EPAD = 3, 0  # of the text stream: no new word; a word comes next
 
 # The official configurations, only narrower. The rates, streams and delays are the released ones.
 MIMI = {
-    "sample_rate": RATE, "channels": 1, "frame_rate": 12.5,
+    "sample_rate": RATE,
+    "channels": 1,
+    "frame_rate": 12.5,
     "seanet": {
-        "channels": 1, "dimension": 128, "causal": True, "n_filters": 16, "n_residual_layers": 1,
-        "activation": "ELU", "compress": 2, "dilation_base": 2, "disable_norm_outer_blocks": 0,
-        "kernel_size": 7, "residual_kernel_size": 3, "last_kernel_size": 3, "norm": "none",
+        "channels": 1,
+        "dimension": 128,
+        "causal": True,
+        "n_filters": 16,
+        "n_residual_layers": 1,
+        "activation": "ELU",
+        "compress": 2,
+        "dilation_base": 2,
+        "disable_norm_outer_blocks": 0,
+        "kernel_size": 7,
+        "residual_kernel_size": 3,
+        "last_kernel_size": 3,
+        "norm": "none",
         "pad_mode": "constant",
-        "ratios": [8, 6, 5, 4], "true_skip": True},
+        "ratios": [8, 6, 5, 4],
+        "true_skip": True,
+    },
     "quantizer": {"dimension": 32, "n_q": 8, "bins": 256, "input_dimension": 128, "output_dimension": 128},
     "transformer": {
-        "d_model": 128, "num_heads": 4, "num_layers": 2, "causal": True, "layer_scale": 0.01, "context": 32,
-        "conv_layout": True, "max_period": 10000, "gating": "none", "norm": "layer_norm",
-        "positional_embedding": "rope", "dim_feedforward": 512, "input_dimension": 128,
-        "output_dimensions": [128]}}
+        "d_model": 128,
+        "num_heads": 4,
+        "num_layers": 2,
+        "causal": True,
+        "layer_scale": 0.01,
+        "context": 32,
+        "conv_layout": True,
+        "max_period": 10000,
+        "gating": "none",
+        "norm": "layer_norm",
+        "positional_embedding": "rope",
+        "dim_feedforward": 512,
+        "input_dimension": 128,
+        "output_dimensions": [128],
+    },
+}
 MOSHI = {
-    "dim": 256, "text_card": 0, "existing_text_padding_id": PAD, "n_q": 16, "dep_q": 8, "card": 256,
-    "num_heads": 4, "num_layers": 5, "hidden_scale": 4.125, "causal": True, "layer_scale": None,
-    "context": 125, "max_period": 10000, "gating": "silu", "norm": "rms_norm_f32",
-    "positional_embedding": "rope", "depformer_dim": 128,
-    "depformer_dim_feedforward": 528, "depformer_num_heads": 4, "depformer_num_layers": 2,
-    "depformer_layer_scale": None, "depformer_multi_linear": True, "depformer_context": 8,
-    "depformer_max_period": 10000, "depformer_gating": "silu", "depformer_pos_emb": "none",
-    "depformer_weights_per_step": True, "delays": [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1]}
+    "dim": 256,
+    "text_card": 0,
+    "existing_text_padding_id": PAD,
+    "n_q": 16,
+    "dep_q": 8,
+    "card": 256,
+    "num_heads": 4,
+    "num_layers": 5,
+    "hidden_scale": 4.125,
+    "causal": True,
+    "layer_scale": None,
+    "context": 125,
+    "max_period": 10000,
+    "gating": "silu",
+    "norm": "rms_norm_f32",
+    "positional_embedding": "rope",
+    "depformer_dim": 128,
+    "depformer_dim_feedforward": 528,
+    "depformer_num_heads": 4,
+    "depformer_num_layers": 2,
+    "depformer_layer_scale": None,
+    "depformer_multi_linear": True,
+    "depformer_context": 8,
+    "depformer_max_period": 10000,
+    "depformer_gating": "silu",
+    "depformer_pos_emb": "none",
+    "depformer_weights_per_step": True,
+    "delays": [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1],
+}
 
 
 def random_numbers(*seed: int) -> np.random.Generator:
@@ -79,14 +136,28 @@ def random_numbers(*seed: int) -> np.random.Generator:
 
 # -------------------------------------------------------------------------------------- what is said, by whom
 
-NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-           "sixteen seventeen eighteen nineteen twenty").split()
+NUMBERS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen twenty"
+).split()
 NUMBERS += [f"twenty {ones}" for ones in NUMBERS[1:10]] + ["thirty"]  # counting ends here
 PHRASINGS = {
-    "sum": ["what is {a} plus {b}", "how much is {a} plus {b}", "tell me {a} plus {b}", "{a} plus {b}",
-            "please add {a} and {b}", "can you add {a} and {b}"],
-    "difference": ["what is {a} minus {b}", "how much is {a} minus {b}", "tell me {a} minus {b}",
-                   "{a} minus {b}", "please take {b} from {a}", "can you take {b} from {a}"],
+    "sum": [
+        "what is {a} plus {b}",
+        "how much is {a} plus {b}",
+        "tell me {a} plus {b}",
+        "{a} plus {b}",
+        "please add {a} and {b}",
+        "can you add {a} and {b}",
+    ],
+    "difference": [
+        "what is {a} minus {b}",
+        "how much is {a} minus {b}",
+        "tell me {a} minus {b}",
+        "{a} minus {b}",
+        "please take {b} from {a}",
+        "can you take {b} from {a}",
+    ],
     "count": ["count from {a}", "please count from {a}", "can you count from {a}", "start counting at {a}"],
 }
 SMALL_TALK = {
@@ -97,8 +168,20 @@ SMALL_TALK = {
     "you are welcome": ["thank you", "thanks a lot"],
     "goodbye and take care": ["goodbye", "see you later"],
 }
-VOICES = ["gmw/en-US", "gmw/en-US+m3", "gmw/en-US+f1", "gmw/en-US+f4", "gmw/en", "gmw/en+m7", "gmw/en+f5",
-          "gmw/en-GB-x-rp", "gmw/en-GB-scotland", "gmw/en-GB-scotland+f3", "gmw/en-029", "gmw/en-US-nyc+m1"]
+VOICES = [
+    "gmw/en-US",
+    "gmw/en-US+m3",
+    "gmw/en-US+f1",
+    "gmw/en-US+f4",
+    "gmw/en",
+    "gmw/en+m7",
+    "gmw/en+f5",
+    "gmw/en-GB-x-rp",
+    "gmw/en-GB-scotland",
+    "gmw/en-GB-scotland+f3",
+    "gmw/en-029",
+    "gmw/en-US-nyc+m1",
+]
 MOSHI_VOICE, MOSHI_SPEED, MOSHI_PITCH = "gmw/en-US+f2", 150, 50
 SPEEDS, PITCHES = range(125, 196), range(20, 81)  # words a minute; espeak's scale from 0 to 99
 HELD_OUT_SPEEDS, HELD_OUT_PITCHES = range(150, 156), range(46, 53)  # for `eval` alone
@@ -149,9 +232,16 @@ class Espeak:
     class Event(ctypes.Structure):
         """espeak_EVENT of speak_lib.h."""
 
-        _fields_ = [("type", ctypes.c_int), ("id", ctypes.c_uint), ("text_position", ctypes.c_int),
-                    ("length", ctypes.c_int), ("milliseconds", ctypes.c_int), ("sample", ctypes.c_int),
-                    ("user", ctypes.c_void_p), ("name", ctypes.c_char * 8)]
+        _fields_ = [
+            ("type", ctypes.c_int),
+            ("id", ctypes.c_uint),
+            ("text_position", ctypes.c_int),
+            ("length", ctypes.c_int),
+            ("milliseconds", ctypes.c_int),
+            ("sample", ctypes.c_int),
+            ("user", ctypes.c_void_p),
+            ("name", ctypes.c_char * 8),
+        ]
 
     def __init__(self):
         try:
@@ -162,8 +252,9 @@ class Espeak:
         self.rate = self.library.espeak_Initialize(2, 0, None, 0x8001)
         if self.rate <= 0:
             raise SystemExit("espeak-ng does not start; are its voices there? apt-get install espeak-ng")
-        callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int,
-                                    ctypes.POINTER(self.Event))
+        callback = ctypes.CFUNCTYPE(
+            ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(self.Event)
+        )
         self.callback = callback(self.collect)  # kept, or it would be freed under the library's feet
         self.library.espeak_SetSynthCallback(self.callback)
 
@@ -224,8 +315,14 @@ def stage_data(work: Path, questions: int = 24000) -> None:
     pitches = [pitch for pitch in PITCHES if pitch not in HELD_OUT_PITCHES]
     for i in range(questions):
         kind = rng.choice(kinds, p=[0.38, 0.27, 0.13, 0.14, 0.08])
-        jobs.append((str(rng.choice(trained[kind])), VOICES[i % len(VOICES)], int(rng.choice(speeds)),
-                     int(rng.choice(pitches))))
+        jobs.append(
+            (
+                str(rng.choice(trained[kind])),
+                VOICES[i % len(VOICES)],
+                int(rng.choice(speeds)),
+                int(rng.choice(pitches)),
+            )
+        )
     names = ["_"]  # phones; 0 is silence
     sounds, words, phones = [], [], []
     for i, job in enumerate(jobs):
@@ -238,12 +335,20 @@ def stage_data(work: Path, questions: int = 24000) -> None:
         phones.append([(start, names.index(name) if name in names else 0) for start, name in labels])
         progress("data", i + 1, len(jobs))
     with whole_file(path) as file:
-        np.savez(file, sound=np.concatenate(sounds), ends=np.cumsum(list(map(len, sounds))), own=own,
-                 jobs=json.dumps(jobs), words=json.dumps(words), phones=json.dumps(phones),
-                 names=json.dumps(names))
+        np.savez(
+            file,
+            sound=np.concatenate(sounds),
+            ends=np.cumsum(list(map(len, sounds))),
+            own=own,
+            jobs=json.dumps(jobs),
+            words=json.dumps(words),
+            phones=json.dumps(phones),
+            names=json.dumps(names),
+        )
     hours = sum(map(len, sounds)) / RATE / 3600
-    print(f"data: {own} sentences of Moshi, {questions} of users, {hours:.1f} h, "
-          f"{len(names)} phones -> {path}")
+    print(
+        f"data: {own} sentences of Moshi, {questions} of users, {hours:.1f} h, {len(names)} phones -> {path}"
+    )
 
 
 # The recordings that come with the checkpoint: what is asked, and when, in seconds.
@@ -251,9 +356,14 @@ RECORDINGS = {
     "question.wav": [(0.4, "what is seven plus eight")],
     "hello.wav": [(0.4, "hello")],
     "count.wav": [(0.4, "count from three"), (6.2, "stop")],
-    "conversation.wav": [(0.4, "good morning"), (4.0, "how much is nine minus four"),
-                         (9.0, "count from seventeen"), (14.6, "stop"), (16.4, "who are you"),
-                         (20.2, "thank you")],
+    "conversation.wav": [
+        (0.4, "good morning"),
+        (4.0, "how much is nine minus four"),
+        (9.0, "count from seventeen"),
+        (14.6, "stop"),
+        (16.4, "who are you"),
+        (20.2, "thank you"),
+    ],
 }
 
 
@@ -323,8 +433,9 @@ FLOOR = 3e-4  # of spectra, -70 dB: what is softer counts as silence
 CLIP = 16 * FRAME  # 1.28 s: the transformers' window of 32 positions is full at its end
 
 
-def clips(speech: Speech, rng: np.random.Generator, batch: int,
-          own_share: float = 0.5) -> tuple[Tensor, Tensor]:
+def clips(
+    speech: Speech, rng: np.random.Generator, batch: int, own_share: float = 0.5
+) -> tuple[Tensor, Tensor]:
     """Sound [batch, 1, CLIP] and the phones at a quarter and three quarters of each frame [batch, frames, 2].
 
     `own_share` of the clips are Moshi's, which starts on a frame; users start anywhere, and are loud or soft.
@@ -455,8 +566,9 @@ def quantize(quantizer, z: Tensor, number: Tensor) -> tuple[Tensor, Tensor, Tens
     return out * (number > 0)[:, None, None], commitment, straight
 
 
-def codec_step(mimi: Mimi, phone_heads: nn.Module, spectral: SpectralLoss, batch: tuple,
-               number: Tensor | None) -> dict[str, Tensor]:
+def codec_step(
+    mimi: Mimi, phone_heads: nn.Module, spectral: SpectralLoss, batch: tuple, number: Tensor | None
+) -> dict[str, Tensor]:
     """All losses of a batch of clips; `number` [B] of codebooks for each row, None: not quantized."""
     sound, labels = batch
     z = mimi.to_latent(sound)
@@ -519,8 +631,9 @@ def stage_codec(work: Path, steps: int = 3600, batch: int = 8, unquantized: int 
             history.append([step + 1, *told.values()])
             progress("codec", step + 1, steps, "".join(f", {key} {value}" for key, value in told.items()))
         if (step + 1) % 200 == 0 or step + 1 == steps:
-            save_progress(path, mimi=mimi, heads=phone_heads, optimizer=optimizer, step=step + 1,
-                          history=history)
+            save_progress(
+                path, mimi=mimi, heads=phone_heads, optimizer=optimizer, step=step + 1, history=history
+            )
     for codebook in [*mimi.quantizer.semantic.codebooks, *mimi.quantizer.acoustic.codebooks]:
         codebook.embedding_sum.copy_(codebook.centroids)  # the sums and counts have served
         codebook.cluster_usage.fill_(1)
@@ -534,8 +647,13 @@ def stage_voice(work: Path, steps: int = 1000, batch: int = 8) -> None:
     """The decoder goes on, mostly with Moshi's voice, while all that makes the codes stays: work/voice.pt."""
     speech, spectral, path = Speech(work), SpectralLoss().to(DEVICE), work / "voice.pt"
     mimi = load_mimi(needed(work / MIMI_FILE, "codec"), MimiConfig.from_dict(MIMI), 8, DEVICE)
-    decoding = (mimi.upsample, mimi.decoder_transformer, mimi.decoder, mimi.quantizer.semantic.output_proj,
-                mimi.quantizer.acoustic.output_proj)
+    decoding = (
+        mimi.upsample,
+        mimi.decoder_transformer,
+        mimi.decoder,
+        mimi.quantizer.semantic.output_proj,
+        mimi.quantizer.acoustic.output_proj,
+    )
     parameters = [parameter for part in decoding for parameter in part.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=1e-3)
     first, history = resume(path, mimi=mimi, optimizer=optimizer)
@@ -571,8 +689,13 @@ def write_mimi(mimi: Mimi, path: Path) -> None:
 def save_progress(path: Path, **what) -> None:
     """Keeps what a stage needs to go on: state dicts of modules and optimizers, the step, the curve."""
     with whole_file(path) as file:
-        torch.save({key: thing.state_dict() if hasattr(thing, "state_dict") else thing
-                    for key, thing in what.items()}, file)
+        torch.save(
+            {
+                key: thing.state_dict() if hasattr(thing, "state_dict") else thing
+                for key, thing in what.items()
+            },
+            file,
+        )
 
 
 def forget(work: Path, *names: str) -> None:
@@ -753,8 +876,18 @@ def make_tokenizer() -> sentencepiece.SentencePieceProcessor:
     sentences += NUMBERS * 20
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences), model_writer=model, vocab_size=160, model_type="bpe", unk_id=0,
-        bos_id=1, eos_id=2, pad_id=3, character_coverage=1.0, hard_vocab_limit=False, minloglevel=2)
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        vocab_size=160,
+        model_type="bpe",
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        character_coverage=1.0,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     (FOLDER / TOKENIZER_FILE).write_bytes(model.getvalue())
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
@@ -771,8 +904,10 @@ def stage_lm(work: Path, steps: int = 3200, batch: int = 16) -> None:
         encoded = Encoded(speech, tokenizer)
         with whole_file(work / "encoded.pt") as file:
             torch.save(encoded, file)
-    turns = {kind: [turn for turn in those if turn.question in encoded.users]
-             for kind, those in all_turns().items()}
+    turns = {
+        kind: [turn for turn in those if turn.question in encoded.users]
+        for kind, those in all_turns().items()
+    }
     torch.manual_seed(6)
     config = {**MOSHI, "text_card": tokenizer.vocab_size()}
     moshi = Moshi(MoshiConfig.from_dict(config)).to(DEVICE)
@@ -808,11 +943,17 @@ def stage_lm(work: Path, steps: int = 3200, batch: int = 16) -> None:
         if (step + 1) % 200 == 0 or step + 1 == steps:
             save_progress(path, moshi=moshi, optimizer=optimizer, step=step + 1, history=history)
     save_moshi(copy.deepcopy(moshi).half().cpu(), FOLDER / MOSHI_FILE)
-    config.update({
-        "model_type": "moshi", "moshi_name": MOSHI_FILE, "mimi_name": MIMI_FILE,
-        "mimi_config_name": "mimi_config.json", "tokenizer_name": TOKENIZER_FILE,
-        "lm_gen_config": {"temp": 0.5, "temp_text": 0.4, "top_k": 20, "top_k_text": 5},
-        "stt_config": {"audio_silence_prefix_seconds": 0.0, "audio_delay_seconds": 3.0}})
+    config.update(
+        {
+            "model_type": "moshi",
+            "moshi_name": MOSHI_FILE,
+            "mimi_name": MIMI_FILE,
+            "mimi_config_name": "mimi_config.json",
+            "tokenizer_name": TOKENIZER_FILE,
+            "lm_gen_config": {"temp": 0.5, "temp_text": 0.4, "top_k": 20, "top_k_text": 5},
+            "stt_config": {"audio_silence_prefix_seconds": 0.0, "audio_delay_seconds": 3.0},
+        }
+    )
     (FOLDER / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     write_curve(FOLDER / "lm_loss.tsv", LM_LOSSES, history)
     print(f"lm: {path} is at step {steps} -> {FOLDER / MOSHI_FILE}")
@@ -835,8 +976,10 @@ class Asked:
 
 def examination(espeak: Espeak, rng: np.random.Generator, turns: int = 3) -> tuple[np.ndarray, list[Asked]]:
     """What a user says in a conversation that training never drew: sound [T], and what was asked when."""
-    held_out = {kind: [turn for turn in those if turn.held_out or kind in ("talk", "stop")]
-                for kind, those in all_turns().items()}
+    held_out = {
+        kind: [turn for turn in those if turn.held_out or kind in ("talk", "stop")]
+        for kind, those in all_turns().items()
+    }
     voice, sound, asked = pick(rng, VOICES), np.zeros(90 * RATE, np.float32), []
     at = int(rng.uniform(0.3, 2) * RATE)
 
@@ -868,8 +1011,15 @@ def talk(sounds: list[np.ndarray], greedy: bool) -> tuple[np.ndarray, np.ndarray
     torch.manual_seed(11)
     moshi, mimi, _, config = load_checkpoint(FOLDER, DEVICE)
     settings = config["lm_gen_config"]
-    gen = MoshiGen(moshi, len(sounds), settings["temp"], settings["temp_text"], settings["top_k"],
-                   settings["top_k_text"], greedy)
+    gen = MoshiGen(
+        moshi,
+        len(sounds),
+        settings["temp"],
+        settings["temp_text"],
+        settings["top_k"],
+        settings["top_k_text"],
+        greedy,
+    )
     frames = max(-(-len(x) // FRAME) for x in sounds)
     user = np.stack([np.pad(x, (0, frames * FRAME - len(x))) for x in sounds])[:, None]
     user = torch.from_numpy(user).to(DEVICE)
@@ -903,6 +1053,7 @@ class Recogniser:
         except ImportError:
             raise SystemExit("pocketsphinx is missing; install it: pip install pocketsphinx") from None
         from generate import resample
+
         grammar = work / "answers.jsgf"
         talk = [answer.replace("moshi", "mow she") for answer in SMALL_TALK]  # a word that it does not know
         grammar.write_text(self.GRAMMAR + " | ".join(f"({answer})" for answer in talk) + ";\n")
@@ -958,8 +1109,10 @@ class Tally:
         counts[0], counts[1] = counts[0] + int(hits), counts[1] + of
 
     def __str__(self) -> str:
-        rows = [f"| {row} | {hits} of {of} | {100 * hits / max(of, 1):.1f} % | {goal} |"
-                for (row, goal), (hits, of) in self.rows.items()]
+        rows = [
+            f"| {row} | {hits} of {of} | {100 * hits / max(of, 1):.1f} % | {goal} |"
+            for (row, goal), (hits, of) in self.rows.items()
+        ]
         return "\n".join(["| what | count | share | goal |", "| --- | --- | --- | --- |", *rows])
 
 
@@ -993,8 +1146,9 @@ def score_timing(tally: Tally, asked: Asked, sound: np.ndarray) -> None:
         after = decibels(sound[asked.stop : asked.stop + 2 * RATE], block) > -45
         quiet = [t for t in range(len(after) - 49) if not after[t : t + 50].any()]  # for half a second
         in_time = len(quiet) > 0 and quiet[0] / 100 + FRAME / RATE <= 0.7
-        tally.add("silent within 0.7 s of the end of 'stop'", "95 %", was_speaking and in_time,
-                  of=int(was_speaking))
+        tally.add(
+            "silent within 0.7 s of the end of 'stop'", "95 %", was_speaking and in_time, of=int(was_speaking)
+        )
 
 
 def stage_eval(work: Path, conversations: int = 200) -> None:
@@ -1007,8 +1161,11 @@ def stage_eval(work: Path, conversations: int = 200) -> None:
     tally = Tally()
     for how in ("greedy", "sampled"):
         text, waves = talk([sound for sound, _ in exams], greedy=how == "greedy")
-        marked = [(asked, score_text(tally, how, asked, tokens, tokenizer), sound)
-                  for (_, those), tokens, sound in zip(exams, text, waves) for asked in those]
+        marked = [
+            (asked, score_text(tally, how, asked, tokens, tokenizer), sound)
+            for (_, those), tokens, sound in zip(exams, text, waves)
+            for asked in those
+        ]
         if how == "sampled":
             continue
         for asked, _, sound in marked:
@@ -1019,13 +1176,21 @@ def stage_eval(work: Path, conversations: int = 200) -> None:
                 plain = espeak.say(asked.turn.answer, MOSHI_VOICE, MOSHI_SPEED, MOSHI_PITCH)[0] / 32768
                 original = recogniser.score(plain, words)
                 heard = recogniser.score(sound[asked.end : asked.until], words)
-                tally.add("words of right answers that the recogniser hears when espeak-ng says them", "",
-                          original, len(words))
+                tally.add(
+                    "words of right answers that the recogniser hears when espeak-ng says them",
+                    "",
+                    original,
+                    len(words),
+                )
                 tally.add("... when Moshi says them, of those", "95 %", heard, original)
     for number, (heard, original) in codec_alone(espeak, recogniser).items():
-        tally.add("words of all sentences that it hears through the codec alone, with "
-                  f"{number} of 8 codebooks, of those from espeak-ng", "97 %" if number == 8 else "",
-                  heard, original)
+        tally.add(
+            "words of all sentences that it hears through the codec alone, with "
+            f"{number} of 8 codebooks, of those from espeak-ng",
+            "97 %" if number == 8 else "",
+            heard,
+            original,
+        )
     for k, (hits, frames) in phones_in_codes(espeak, random_numbers(10)).items():
         which = ("first, semantic", "second, acoustic")[k]
         tally.add(f"phones that the {which} code tells", "", hits, frames)
@@ -1051,8 +1216,9 @@ def codec_alone(espeak: Espeak, recogniser: Recogniser) -> dict[int, tuple[int, 
 
 
 @torch.no_grad()
-def phones_in_codes(espeak: Espeak, rng: np.random.Generator,
-                    sentences: int = 400) -> dict[int, tuple[int, int]]:
+def phones_in_codes(
+    espeak: Espeak, rng: np.random.Generator, sentences: int = 400
+) -> dict[int, tuple[int, int]]:
     """{codebook: (frames whose phone its code tells, frames)}: each code stands for its most frequent phone.
 
     What is most frequent is counted on every other sentence, and told on those between; silence is left out.
@@ -1061,8 +1227,12 @@ def phones_in_codes(espeak: Espeak, rng: np.random.Generator,
     names, frames = ["_"], ([], [])
     for i in range(sentences):
         turn = pick(rng, all_turns()[pick(rng, ["sum", "difference", "count", "talk"])])
-        x, _, phones = espeak.say(turn.question, pick(rng, VOICES), int(pick(rng, HELD_OUT_SPEEDS)),
-                                  int(pick(rng, HELD_OUT_PITCHES)))
+        x, _, phones = espeak.say(
+            turn.question,
+            pick(rng, VOICES),
+            int(pick(rng, HELD_OUT_SPEEDS)),
+            int(pick(rng, HELD_OUT_PITCHES)),
+        )
         codes = mimi.encode(torch.from_numpy(x / np.float32(32768))[None, None].to(DEVICE))[0].cpu().numpy()
         names += sorted({name for _, name in phones} - {*names})
         starts = np.array([start for start, _ in phones])
@@ -1087,11 +1257,13 @@ STAGES = {"data": stage_data, "codec": stage_codec, "voice": stage_voice, "lm": 
 
 def main() -> None:
     """Runs a stage, or all."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", nargs="?", default="all", choices=[*STAGES, "all"])
-    parser.add_argument("--work", type=Path, default=FOLDER / "work",
-                        help="what is made on the way (default: %(default)s)")
+    parser.add_argument(
+        "--work", type=Path, default=FOLDER / "work", help="what is made on the way (default: %(default)s)"
+    )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_flush_denormal(True)  # gradients of silence are tiny numbers, which CPUs are slow at

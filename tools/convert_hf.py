@@ -13,6 +13,7 @@ What differs:
 - the rows of rotary queries and keys, which Hugging Face orders for a rotation of halves instead of neighbours.
 Every tensor keeps its dtype. They go through one by one, so that memory holds the largest of them only.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -42,49 +43,92 @@ DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what weights may be, and t
 
 # From an official name to Hugging Face's: each rule (pattern, replacement) in its turn. A '{k}' is the codebook.
 MOSHI_NAMES = [
-    (r"^text_emb", "decoder.model.embed_tokens"), (r"^emb", "embed_tokens"), (r"^text_linear", "decoder.lm_head"),
-    (r"^out_norm\.alpha", "decoder.model.norm.weight"), (r"^transformer", "decoder.model"),
-    (r"^depformer_text_emb", "depth_decoder.text_embed_tokens"), (r"^depformer_emb", "depth_decoder.embed_tokens"),
-    (r"^depformer_in\.{k}", "depth_decoder.input_projections"), (r"^linears\.{k}", "depth_decoder.lm_heads"),
+    (r"^text_emb", "decoder.model.embed_tokens"),
+    (r"^emb", "embed_tokens"),
+    (r"^text_linear", "decoder.lm_head"),
+    (r"^out_norm\.alpha", "decoder.model.norm.weight"),
+    (r"^transformer", "decoder.model"),
+    (r"^depformer_text_emb", "depth_decoder.text_embed_tokens"),
+    (r"^depformer_emb", "depth_decoder.embed_tokens"),
+    (r"^depformer_in\.{k}", "depth_decoder.input_projections"),
+    (r"^linears\.{k}", "depth_decoder.lm_heads"),
     (r"^depformer\.", "depth_decoder."),
-    (r"norm1\.alpha", "input_layernorm.weight"), (r"norm2\.alpha", "post_attention_layernorm.weight"),
-    (r"gating\.({k}\.)?linear_in", "mlp.fc1"), (r"gating\.({k}\.)?linear_out", "mlp.fc2"),
-    (r"in_projs\.(0|{k})\.", "[qkv]_proj.linear."), (r"out_projs\.(0|{k})\.", "o_proj.linear."),
+    (r"norm1\.alpha", "input_layernorm.weight"),
+    (r"norm2\.alpha", "post_attention_layernorm.weight"),
+    (r"gating\.({k}\.)?linear_in", "mlp.fc1"),
+    (r"gating\.({k}\.)?linear_out", "mlp.fc2"),
+    (r"in_projs\.(0|{k})\.", "[qkv]_proj.linear."),
+    (r"out_projs\.(0|{k})\.", "o_proj.linear."),
 ]
 MIMI_NAMES = [
-    (r"^(encoder|decoder)\.model", r"\1.layers"), (r"\b(conv|convtr)(\.\1)+\.", "conv."),
+    (r"^(encoder|decoder)\.model", r"\1.layers"),
+    (r"\b(conv|convtr)(\.\1)+\.", "conv."),
     (r"_transformer\.transformer", "_transformer"),
-    (r"norm1", "input_layernorm"), (r"norm2", "post_attention_layernorm"), (r"linear(\d)", r"mlp.fc\1"),
-    (r"layer_scale_1", "self_attn_layer_scale"), (r"layer_scale_2", "mlp_layer_scale"),
-    (r"in_projs\.0", "[qkv]_proj"), (r"out_projs\.0", "o_proj"),
-    (r"rvq_first", "semantic_residual_vector_quantizer"), (r"rvq_rest", "acoustic_residual_vector_quantizer"),
-    (r"\.vq\.layers", ".layers"), (r"\._codebook\._?", ".codebook."), (r"embedding_sum", "embed_sum"),
+    (r"norm1", "input_layernorm"),
+    (r"norm2", "post_attention_layernorm"),
+    (r"linear(\d)", r"mlp.fc\1"),
+    (r"layer_scale_1", "self_attn_layer_scale"),
+    (r"layer_scale_2", "mlp_layer_scale"),
+    (r"in_projs\.0", "[qkv]_proj"),
+    (r"out_projs\.0", "o_proj"),
+    (r"rvq_first", "semantic_residual_vector_quantizer"),
+    (r"rvq_rest", "acoustic_residual_vector_quantizer"),
+    (r"\.vq\.layers", ".layers"),
+    (r"\._codebook\._?", ".codebook."),
+    (r"embedding_sum", "embed_sum"),
 ]
 
 # Hugging Face's config keys -> (field of our config, or the list of the values that can be converted; the default).
 MIMI_KEYS = {
-    "sampling_rate": ("sample_rate", 24000), "num_filters": ("filters", 64), "upsampling_ratios": ("ratios", [8, 6, 5, 4]),
-    "kernel_size": ("kernel_size", 7), "residual_kernel_size": ("residual_kernel_size", 3),
-    "last_kernel_size": ("last_kernel_size", 3), "hidden_size": ("latent_dim", 512),
-    "upsample_groups": ("latent_dim", 512), "num_hidden_layers": ("num_layers", 8),
-    "num_attention_heads": ("num_heads", 8), "num_key_value_heads": ("num_heads", 8),
-    "intermediate_size": ("feedforward_dim", 2048), "sliding_window": ("context", 250),
-    "num_quantizers": ("total_codebooks", 32), "codebook_size": ("codebook_size", 2048),
-    "codebook_dim": ("codebook_dim", 256), "vector_quantization_hidden_dimension": ("codebook_dim", 256),
-    "num_semantic_quantizers": ([1], 1), "audio_channels": ([1], 1), "num_residual_layers": ([1], 1),
-    "compress": ([2], 2), "trim_right_ratio": ([1.0], 1.0), "use_causal_conv": ([True], True),
-    "use_conv_shortcut": ([False], False), "pad_mode": (["constant"], "constant"), "hidden_act": (["gelu"], "gelu"),
-    "norm_eps": ([1e-5], 1e-5), "attention_bias": ([False], False),
+    "sampling_rate": ("sample_rate", 24000),
+    "num_filters": ("filters", 64),
+    "upsampling_ratios": ("ratios", [8, 6, 5, 4]),
+    "kernel_size": ("kernel_size", 7),
+    "residual_kernel_size": ("residual_kernel_size", 3),
+    "last_kernel_size": ("last_kernel_size", 3),
+    "hidden_size": ("latent_dim", 512),
+    "upsample_groups": ("latent_dim", 512),
+    "num_hidden_layers": ("num_layers", 8),
+    "num_attention_heads": ("num_heads", 8),
+    "num_key_value_heads": ("num_heads", 8),
+    "intermediate_size": ("feedforward_dim", 2048),
+    "sliding_window": ("context", 250),
+    "num_quantizers": ("total_codebooks", 32),
+    "codebook_size": ("codebook_size", 2048),
+    "codebook_dim": ("codebook_dim", 256),
+    "vector_quantization_hidden_dimension": ("codebook_dim", 256),
+    "num_semantic_quantizers": ([1], 1),
+    "audio_channels": ([1], 1),
+    "num_residual_layers": ([1], 1),
+    "compress": ([2], 2),
+    "trim_right_ratio": ([1.0], 1.0),
+    "use_causal_conv": ([True], True),
+    "use_conv_shortcut": ([False], False),
+    "pad_mode": (["constant"], "constant"),
+    "hidden_act": (["gelu"], "gelu"),
+    "norm_eps": ([1e-5], 1e-5),
+    "attention_bias": ([False], False),
 }
-BOTH_KEYS = {"hidden_act": (["silu"], "silu"), "rms_norm_eps": ([1e-8], 1e-8), "tie_word_embeddings": ([False], False)}
+BOTH_KEYS = {
+    "hidden_act": (["silu"], "silu"),
+    "rms_norm_eps": ([1e-8], 1e-8),
+    "tie_word_embeddings": ([False], False),
+}
 MOSHI_KEYS = {
-    "hidden_size": ("dim", 4096), "num_hidden_layers": ("num_layers", 32), "num_attention_heads": ("num_heads", 32),
-    "sliding_window": ("context", 3000), "vocab_size": ("text_card", 32000), "num_codebooks": ("dep_q", 8),
-    "audio_vocab_size": ("card", 2048), **BOTH_KEYS,
+    "hidden_size": ("dim", 4096),
+    "num_hidden_layers": ("num_layers", 32),
+    "num_attention_heads": ("num_heads", 32),
+    "sliding_window": ("context", 3000),
+    "vocab_size": ("text_card", 32000),
+    "num_codebooks": ("dep_q", 8),
+    "audio_vocab_size": ("card", 2048),
+    **BOTH_KEYS,
 }
 DEPTH_KEYS = {
-    "hidden_size": ("depformer_dim", 1024), "num_hidden_layers": ("depformer_num_layers", 6),
-    "num_attention_heads": ("depformer_num_heads", 16), **BOTH_KEYS,
+    "hidden_size": ("depformer_dim", 1024),
+    "num_hidden_layers": ("depformer_num_layers", 6),
+    "num_attention_heads": ("depformer_num_heads", 16),
+    **BOTH_KEYS,
 }
 
 # ------------------------------------------------------------------------------------------------ configurations
@@ -127,24 +171,56 @@ def mimi_config(given: dict, what: str) -> tuple[MimiConfig, dict]:
     ratios = fields["ratios"]
     if not isinstance(ratios, list) or not all(map(is_size, ratios)):
         raise ValueError(f"{what}: upsampling_ratios must be a list of strides, not {ratios!r}")
-    frame_rate = given.get("frame_rate") or given.get("_frame_rate") or fields["sample_rate"] / (2 * math.prod(ratios))
+    frame_rate = (
+        given.get("frame_rate") or given.get("_frame_rate") or fields["sample_rate"] / (2 * math.prod(ratios))
+    )
     c = MimiConfig(**fields, frame_rate=frame_rate, max_period=max_period)
     return c, {
-        "sample_rate": c.sample_rate, "channels": 1, "frame_rate": c.frame_rate,
+        "sample_rate": c.sample_rate,
+        "channels": 1,
+        "frame_rate": c.frame_rate,
         "seanet": {
-            "channels": 1, "dimension": c.latent_dim, "causal": True, "n_filters": c.filters, "n_residual_layers": 1,
-            "activation": "ELU", "compress": 2, "dilation_base": 2, "disable_norm_outer_blocks": 0,
-            "kernel_size": c.kernel_size, "residual_kernel_size": c.residual_kernel_size,
-            "last_kernel_size": c.last_kernel_size, "norm": "none", "pad_mode": "constant", "ratios": list(c.ratios),
-            "true_skip": True},
-        "quantizer": {"dimension": c.codebook_dim, "n_q": c.total_codebooks, "bins": c.codebook_size,
-                      "input_dimension": c.latent_dim, "output_dimension": c.latent_dim},
+            "channels": 1,
+            "dimension": c.latent_dim,
+            "causal": True,
+            "n_filters": c.filters,
+            "n_residual_layers": 1,
+            "activation": "ELU",
+            "compress": 2,
+            "dilation_base": 2,
+            "disable_norm_outer_blocks": 0,
+            "kernel_size": c.kernel_size,
+            "residual_kernel_size": c.residual_kernel_size,
+            "last_kernel_size": c.last_kernel_size,
+            "norm": "none",
+            "pad_mode": "constant",
+            "ratios": list(c.ratios),
+            "true_skip": True,
+        },
+        "quantizer": {
+            "dimension": c.codebook_dim,
+            "n_q": c.total_codebooks,
+            "bins": c.codebook_size,
+            "input_dimension": c.latent_dim,
+            "output_dimension": c.latent_dim,
+        },
         "transformer": {
-            "d_model": c.latent_dim, "num_heads": c.num_heads, "num_layers": c.num_layers, "causal": True,
-            "layer_scale": 0.01, "context": c.context, "conv_layout": True, "max_period": c.max_period,
-            "gating": "none", "norm": "layer_norm", "positional_embedding": "rope",
-            "dim_feedforward": c.feedforward_dim, "input_dimension": c.latent_dim,
-            "output_dimensions": [c.latent_dim]}}
+            "d_model": c.latent_dim,
+            "num_heads": c.num_heads,
+            "num_layers": c.num_layers,
+            "causal": True,
+            "layer_scale": 0.01,
+            "context": c.context,
+            "conv_layout": True,
+            "max_period": c.max_period,
+            "gating": "none",
+            "norm": "layer_norm",
+            "positional_embedding": "rope",
+            "dim_feedforward": c.feedforward_dim,
+            "input_dimension": c.latent_dim,
+            "output_dimensions": [c.latent_dim],
+        },
+    }
 
 
 def moshi_config(given: dict, depth: dict, what: str) -> tuple[MoshiConfig, dict]:
@@ -155,18 +231,38 @@ def moshi_config(given: dict, depth: dict, what: str) -> tuple[MoshiConfig, dict
     K, dim, width = fields["dep_q"], fields["dim"], fields["depformer_dim"]
     repeat, feedforward = read_transformer(given, fields["num_heads"], dim, 22528, what)
     depth_repeat, depth_feedforward = read_transformer(
-        depth, fields["depformer_num_heads"], width, 5632, f"{what}, depth_decoder_config")
+        depth, fields["depformer_num_heads"], width, 5632, f"{what}, depth_decoder_config"
+    )
     scale = feedforward / dim  # the official model takes int(scale * dim)
     c = MoshiConfig(
-        **fields, n_q=2 * K, delays=(0, *2 * (0, *(K - 1) * (1,))), max_period=max_period, kv_repeat=repeat,
+        **fields,
+        n_q=2 * K,
+        delays=(0, *2 * (0, *(K - 1) * (1,))),
+        max_period=max_period,
+        kv_repeat=repeat,
         hidden_scale=scale if int(scale * dim) == feedforward else (feedforward + 0.5) / dim,
-        depformer_kv_repeat=depth_repeat, depformer_dim_feedforward=depth_feedforward)
+        depformer_kv_repeat=depth_repeat,
+        depformer_dim_feedforward=depth_feedforward,
+    )
     return c, {
-        **dataclasses.asdict(c), "delays": list(c.delays), "causal": True, "gating": "silu", "norm": "rms_norm_f32",
-        "layer_scale": None, "positional_embedding": "rope", "depformer_context": K, "depformer_gating": "silu",
-        "depformer_layer_scale": None, "depformer_multi_linear": True, "depformer_pos_emb": "none",
-        "depformer_weights_per_step": True, "model_type": "moshi", "moshi_name": MOSHI_FILE, "mimi_name": MIMI_FILE,
-        "mimi_config_name": MIMI_CONFIG_FILE}
+        **dataclasses.asdict(c),
+        "delays": list(c.delays),
+        "causal": True,
+        "gating": "silu",
+        "norm": "rms_norm_f32",
+        "layer_scale": None,
+        "positional_embedding": "rope",
+        "depformer_context": K,
+        "depformer_gating": "silu",
+        "depformer_layer_scale": None,
+        "depformer_multi_linear": True,
+        "depformer_pos_emb": "none",
+        "depformer_weights_per_step": True,
+        "model_type": "moshi",
+        "moshi_name": MOSHI_FILE,
+        "mimi_name": MIMI_FILE,
+        "mimi_config_name": MIMI_CONFIG_FILE,
+    }
 
 
 # ------------------------------------------------------------------------------------------------------- weights
@@ -200,17 +296,29 @@ def table(model: Mimi | Moshi, official_rules: list, rules: list, prefix: str) -
         each, shape = "{k}" in name, list(empty.shape)
         for k in range(shape[0]) if each else [0]:
             inner = shape[1:] if each else shape
-            stacked = shape[:1] if each and "{k}" not in theirs else []  # Hugging Face has all codebooks in one
+            stacked = (
+                shape[:1] if each and "{k}" not in theirs else []
+            )  # Hugging Face has all codebooks in one
             rows = {"": inner}
             if "[qkv]" in theirs:
                 c, depth = model.config, each
                 heads = c.depformer_num_heads if depth else c.num_heads
                 kv_heads = heads // (c.depformer_kv_repeat if depth else getattr(c, "kv_repeat", 1))
                 size = inner[0] // (heads + 2 * kv_heads)
-                rows = {"q": [heads * size, inner[1]], "k": [kv_heads * size, inner[1]], "v": [kv_heads * size, inner[1]]}
-            pieces = [Piece(prefix + theirs.replace("[qkv]", part).format(k=k),
-                            stacked + (its[-1:] if name.endswith("alpha") else its), k if stacked else None,
-                            its[0] // size if part in ("q", "k") and not each else 0) for part, its in rows.items()]
+                rows = {
+                    "q": [heads * size, inner[1]],
+                    "k": [kv_heads * size, inner[1]],
+                    "v": [kv_heads * size, inner[1]],
+                }
+            pieces = [
+                Piece(
+                    prefix + theirs.replace("[qkv]", part).format(k=k),
+                    stacked + (its[-1:] if name.endswith("alpha") else its),
+                    k if stacked else None,
+                    its[0] // size if part in ("q", "k") and not each else 0,
+                )
+                for part, its in rows.items()
+            ]
             entries.append(Entry(name.format(k=k), inner, pieces))
     return entries
 
@@ -225,11 +333,15 @@ def plan(entries: list[Entry], where: dict, folder: Path) -> list[str]:
                 raise ValueError(f"{folder}: the tensor {piece.name} is missing")
             stored = where[piece.name].get_slice(piece.name)
             if stored.get_shape() != piece.shape:
-                raise ValueError(f"{folder}: {piece.name} has the shape {stored.get_shape()}, expected {piece.shape}")
+                raise ValueError(
+                    f"{folder}: {piece.name} has the shape {stored.get_shape()}, expected {piece.shape}"
+                )
             kinds.add(stored.get_dtype())
         if len(kinds) > 1 or not kinds <= DTYPES.keys():
-            raise ValueError(f"{folder}: {entry.pieces[0].name} and what joins it are {' and '.join(sorted(kinds))}, "
-                             f"expected one of {', '.join(DTYPES)}")
+            raise ValueError(
+                f"{folder}: {entry.pieces[0].name} and what joins it are {' and '.join(sorted(kinds))}, "
+                f"expected one of {', '.join(DTYPES)}"
+            )
         dtypes += kinds
     return dtypes
 
@@ -271,7 +383,9 @@ def open_files(folder: Path) -> dict:
     names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if not (folder / names[0]).is_file():
         if not index.is_file():
-            raise ValueError(f"{folder}: neither {names[0]} nor {index.name} is there, and nothing else is read")
+            raise ValueError(
+                f"{folder}: neither {names[0]} nor {index.name} is there, and nothing else is read"
+            )
         names = read_json(index).get("weight_map")
         names = list(names.values()) if isinstance(names, dict) else []
         if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
@@ -297,22 +411,32 @@ def convert(folder: Path, out: Path) -> str:
     path = folder / "config.json"
     given = read_json(path)
     kind, names = given.get("model_type"), given.get("architectures")
-    if (kind, names) not in [("moshi", ["MoshiForConditionalGeneration"]), ("mimi", ["MimiModel"]),
-                             ("moshi", None), ("mimi", None)]:
-        raise ValueError(f"{path}: model_type {kind!r} with architectures {names!r} cannot be converted, "
-                         "only MoshiForConditionalGeneration and MimiModel")
+    if (kind, names) not in [
+        ("moshi", ["MoshiForConditionalGeneration"]),
+        ("mimi", ["MimiModel"]),
+        ("moshi", None),
+        ("mimi", None),
+    ]:
+        raise ValueError(
+            f"{path}: model_type {kind!r} with architectures {names!r} cannot be converted, "
+            "only MoshiForConditionalGeneration and MimiModel"
+        )
     codec, depth = (given.get(key) or {} for key in ("audio_encoder_config", "depth_decoder_config"))
     if not isinstance(codec, dict) or not isinstance(depth, dict):
         raise ValueError(f"{path}: audio_encoder_config and depth_decoder_config must be JSON objects")
     ours, official = mimi_config(given if kind == "mimi" else codec, str(path))
     with torch.device("meta"):
         mimi = Mimi(ours)
-    files = {MIMI_FILE: table(mimi, mimi_min.MIMI_NAMES, MIMI_NAMES, "audio_encoder." if kind == "moshi" else "")}
+    files = {
+        MIMI_FILE: table(mimi, mimi_min.MIMI_NAMES, MIMI_NAMES, "audio_encoder." if kind == "moshi" else "")
+    }
     jsons = {MIMI_CONFIG_FILE: official}
     if kind == "moshi":
         card = given.get("audio_vocab_size") or ours.codebook_size
         if card != ours.codebook_size:
-            raise ValueError(f"{path}: audio_vocab_size {card!r} is not Mimi's codebook_size {ours.codebook_size}")
+            raise ValueError(
+                f"{path}: audio_vocab_size {card!r} is not Mimi's codebook_size {ours.codebook_size}"
+            )
         config, jsons["config.json"] = moshi_config({**given, "audio_vocab_size": card}, depth, str(path))
         with torch.device("meta"):
             moshi = Moshi(config)
@@ -322,7 +446,9 @@ def convert(folder: Path, out: Path) -> str:
     used = {piece.name for entries in files.values() for entry in entries for piece in entry.pieces}
     if where.keys() - used:
         raise ValueError(f"{folder}: the tensor {min(where.keys() - used)} is not known")
-    tokenizer = next((folder / name for name in (TOKENIZER_FILE, "tokenizer.model") if (folder / name).is_file()), None)
+    tokenizer = next(
+        (folder / name for name in (TOKENIZER_FILE, "tokenizer.model") if (folder / name).is_file()), None
+    )
 
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
@@ -344,8 +470,12 @@ def convert(folder: Path, out: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="A Hugging Face folder of Moshi or Mimi, into the official format.")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="config.json, model.safetensors or its shards")
+    parser = argparse.ArgumentParser(
+        description="A Hugging Face folder of Moshi or Mimi, into the official format."
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="config.json, model.safetensors or its shards"
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="a new or empty folder")
     arguments = parser.parse_args()
     try:
