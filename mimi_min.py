@@ -1,12 +1,16 @@
-"""Mimi, the codec of Moshi: 24 kHz sound <-> 12.5 frames a second of a few small integers, in one file.
+"""Mimi, the codec of Moshi: 24 kHz sound <-> 12.5 frames a second of a few small integers.
 
     sound [B, 1, T] -> SEANet encoder (25 Hz) -> transformer -> downsample (12.5 Hz) -> latent [B, D, F]
     latent -> split residual vector quantizer -> codes [B, K, F], and all the way back
 
-- Everything is causal: a frame of 80 ms goes in, its codes come out, nothing waits for the future.
+- Everything is causal: a frame of 80 ms goes in, its codes come out, and nothing waits for the future.
 - The first codebook is semantic (trained to follow a speech recogniser's features), the others are acoustic.
-- One way to stream: `init_state(module, batch)` makes the memory of every module inside, `forward(x, state)`
-  reads and updates it in place, and `state=None` is the whole sequence at once. Both give the same numbers.
+- There is one way to stream: `init_state(module, batch)` makes the memory of every module inside, and
+  `forward(x, state)` reads it and updates it in place. Without a state a call gets the whole sequence at once.
+  Both give the same numbers.
+
+Two things that Moshi needs as well live here too: the transformer, of which Helium is made (`Attention` and
+what follows it), and the reading and writing of configs and weight files, at the end.
 
 From "Moshi: a speech-text foundation model for real-time dialogue" (Défossez et al. 2024, arXiv:2410.00037,
 section 3.3); the reference implementation is `moshi.models.compression.MimiModel`.
@@ -28,116 +32,95 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-# ---------------------------------------------------------------------------------------------- configuration
-
-def check_numbers(config, may_be_zero: tuple[str, ...] = ()) -> None:
-    """ValueError unless every field of a config dataclass holds positive numbers of its kind below 2**20."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        is_list = isinstance(value, (list, tuple))
-        kinds = (int, float) if field.type == "float" else (int,)
-        lowest = 0 if field.name in may_be_zero else 1e-9
-        numbers = value if is_list else [value]
-        good = numbers and all(type(number) in kinds and lowest <= number < 2**20 for number in numbers)
-        if not good or is_list != field.type.startswith("tuple"):
-            raise ValueError(f"config: {field.name} cannot be {value!r}")
-
-def read_keys(given: dict, table: dict[str, tuple], what: str) -> dict:
-    """Our fields from official keys. `table`: official key -> (what it sets, its official default). It sets a
-    field of ours, or nothing (None); a list holds the only values that this code can do."""
-    if unknown := given.keys() - table.keys():
-        raise ValueError(f"{what}: unknown key {min(unknown)!r}")
-    fields: dict = {}
-    for key, (use, default) in table.items():
-        value = given.get(key, default)
-        if isinstance(use, list):
-            expected = value if value in use else use[0]
-        elif use is not None:
-            expected = fields.setdefault(use, value)  # keys of one field must agree
-        else:
-            continue  # not needed here
-        if value != expected:
-            raise ValueError(f"{what}: {key} is {value!r}, but only {expected!r} is possible here")
-    return fields
-
 @dataclasses.dataclass
 class MimiConfig:
-    """The sizes of a Mimi; the defaults are the released one's. Impossible values raise ValueError."""
+    """The sizes of a Mimi under their official names; the defaults are the released one's."""
 
     sample_rate: int = 24000  # samples a second
     frame_rate: float = 12.5  # frames of codes a second
-    filters: int = 64  # channels of the first convolution, doubled at each stride
-    ratios: tuple[int, ...] = (8, 6, 5, 4)  # strides in the decoder's order; all together 960 samples, 25 Hz
+    n_filters: int = 64  # channels of the first convolution, doubled at each stride
+    ratios: tuple[int, ...] = (8, 6, 5, 4)  # strides in the decoder's order; their product is 960 samples
     kernel_size: int = 7  # of the first convolution
     residual_kernel_size: int = 3
     last_kernel_size: int = 3
-    latent_dim: int = 512  # D, also the width of both transformers
+    dimension: int = 512  # D, the width of the latent and of both transformers
     num_layers: int = 8  # of each transformer
     num_heads: int = 8
-    feedforward_dim: int = 2048
-    context: int = 250  # sliding window of attention: positions of 25 Hz, so 10 s
+    dim_feedforward: int = 2048
+    context: int = 250  # sliding window of attention, in positions of 25 Hz: 10 s
     max_period: float = 10000.0  # of the rotary embedding
-    total_codebooks: int = 32  # 1 semantic + 31 acoustic
-    codebook_size: int = 2048
-    codebook_dim: int = 256
+    n_q: int = 32  # codebooks, 1 semantic and 31 acoustic
+    bins: int = 2048  # entries of a codebook
+    quantizer_dimension: int = 256  # of an entry; officially `dimension` as well, in the section `quantizer`
 
     def __post_init__(self):
-        check_numbers(self)
+        check_sizes(self)
         self.ratios = tuple(self.ratios)
         self.hop_size = math.prod(self.ratios)  # samples that SEANet turns into one vector: 960
         self.frame_size = int(self.sample_rate / self.frame_rate)  # samples in a frame: 1920
         self.stride = self.frame_size // self.hop_size  # positions of the transformers in a frame: 2
-        if self.latent_dim % (2 * self.num_heads):
-            raise ValueError(f"config: {self.num_heads} heads cannot share latent_dim {self.latent_dim}")
-        if self.total_codebooks < 2:
-            raise ValueError("config: it takes 2 codebooks or more")
-        if self.stride < 2 or self.stride * self.hop_size * self.frame_rate != self.sample_rate:
-            raise ValueError(f"config: a frame_rate of {self.frame_rate} does not fit ratios {self.ratios}")
+        check_mimi_fits(self)
 
     @classmethod
     def from_dict(cls, official: dict) -> MimiConfig:
         """Reads the official JSON; unknown keys and impossible values raise ValueError."""
-        flat = {}
-        for key, value in official.items():
-            section = value if isinstance(value, dict) else {}
-            flat.update({f"{key}.{name}": inner for name, inner in section.items()} or {key: value})
-        widths = flat.get("transformer.output_dimensions")
-        if isinstance(widths, (list, tuple)) and len(widths) == 1:
-            flat["transformer.output_dimensions"] = widths[0]
-        return cls(**read_keys(flat, _MIMI_KEYS, "Mimi config"))
+        return read_mimi(official)
 
-# For `read_keys`: all that the official JSON may say.
-_MIMI_KEYS: dict[str, tuple] = {
-    "sample_rate": ("sample_rate", None), "frame_rate": ("frame_rate", None), "channels": ([1], 1),
-    "seanet.channels": ([1], 1), "seanet.n_residual_layers": ([1], 3), "seanet.activation": (["ELU"], "ELU"),
-    "seanet.dimension": ("latent_dim", 128), "seanet.kernel_size": ("kernel_size", 7),
-    "seanet.n_filters": ("filters", 32), "seanet.norm": (["none"], "none"), "seanet.compress": ([2], 2),
-    "seanet.ratios": ("ratios", [8, 5, 4, 2]), "seanet.activation_params": ([{"alpha": 1.0}], {"alpha": 1.0}),
-    "seanet.dilation_base": ([2], 2), "seanet.true_skip": ([True], True), "seanet.causal": ([True], False),
-    "seanet.residual_kernel_size": ("residual_kernel_size", 3), "seanet.disable_norm_outer_blocks": ([0], 0),
-    "seanet.last_kernel_size": ("last_kernel_size", 7), "seanet.pad_mode": (["constant"], "reflect"),
-    "quantizer.dimension": ("codebook_dim", 128), "quantizer.bins": ("codebook_size", 1024),
-    "quantizer.input_dimension": ("latent_dim", None), "quantizer.output_dimension": ("latent_dim", None),
-    "quantizer.n_q": ("total_codebooks", 8), "quantizer.n_q_semantic": ([1], 1),
-    "transformer.d_model": ("latent_dim", None), "transformer.input_dimension": ("latent_dim", None),
-    "transformer.output_dimensions": ("latent_dim", None), "transformer.conv_layout": ([True], False),
-    "transformer.num_heads": ("num_heads", None), "transformer.num_layers": ("num_layers", None),
-    "transformer.dim_feedforward": ("feedforward_dim", 2048), "transformer.max_period": ("max_period", 10000),
-    "transformer.causal": ([True], False), "transformer.gating": (["none"], "none"),
-    "transformer.context": ("context", None), "transformer.layer_scale": ([0.01], None),
-    "transformer.positional_embedding": (["rope"], "sin"), "transformer.norm": (["layer_norm"], "layer_norm"),
-}
+    def to_dict(self) -> dict:
+        """The official JSON."""
+        return write_mimi(self)
 
 # -------------------------------------------------------------------------------------------------- streaming
 
 def init_state(module: nn.Module, batch_size: int) -> dict:
     """The empty memory of all modules in `module`, {module: {name: tensor}}. Pass it as `state` to stream,
-    inside torch.no_grad(). A call updates the tensors in place, so that a CUDA graph can replay it."""
+    inside torch.no_grad(). Calls update the tensors in place, so that a CUDA graph can replay them."""
     return {part: part.new_memory(batch_size) for part in module.modules() if hasattr(part, "new_memory")}
+
+def reset_state(state: dict) -> None:
+    """Forgets what was heard, in place. (What a codebook keeps is computed from its weights, and stays.)"""
+    for part, memory in state.items():
+        for tensor in memory.values():
+            if not isinstance(part, Codebook):
+                tensor.zero_()
+
+def memory_of(part: nn.Module, state: dict | None, batch_size: int) -> dict:
+    """The memory of one module: its entry in `state`, or without a state an empty one for this call alone."""
+    return part.new_memory(batch_size) if state is None else state[part]
+
+def captured(function: Callable[..., Tensor], device: torch.device, cuda_graph: bool = True) -> Callable:
+    """`function` of tensors as a CUDA graph, which launches all its kernels at once; eager on other devices.
+    The first call runs eagerly, since a dummy one would spoil memory and random numbers; the second captures;
+    from then on calls only replay. Values may change from call to call; shapes may not (ValueError), nor
+    where a memory lies, nor anything that Python decides. Results are copies."""
+    if not cuda_graph or device.type != "cuda":
+        return function
+    graph, inputs, results = torch.cuda.CUDAGraph(), [], []  # what the graph reads and writes stays in place
+
+    def replay(*given: Tensor) -> Tensor:
+        if not inputs:
+            inputs.extend(tensor.clone() for tensor in given)
+            return function(*inputs)
+        for mine, new in zip(inputs, given, strict=True):
+            if mine.shape != new.shape:
+                raise ValueError(f"captured for {list(mine.shape)}, called with {list(new.shape)}")
+            mine.copy_(new)
+        if not results:
+            try:
+                with torch.cuda.device(device), torch.cuda.graph(graph):
+                    results.append(function(*inputs))
+            except RuntimeError as error:
+                raise RuntimeError(f"no CUDA graph could be captured, try cuda_graph=False: {error}") from error
+        graph.replay()
+        return results[0].clone()
+    return replay
+
+# Up to so many outputs, a matrix product is faster than the convolution kernels of the CPU (measured).
+FEW_OUTPUTS = 2048
 
 class CausalConv1d(nn.Module):
     """A convolution that sees only the past: it pads with kernel - stride samples, all of them on the left.
-    They are zeros or, with `repeat_first`, the first input; while streaming, the end of the last chunk.
+    They are the end of the last chunk; at the start zeros or, with `repeat_first`, the first input.
     [B, C_in, T] -> [B, C_out, T / stride], T a multiple of the stride."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, bias=True, repeat_first=False):
@@ -147,23 +130,23 @@ class CausalConv1d(nn.Module):
         self.repeat_first = repeat_first
 
     def new_memory(self, batch_size: int) -> dict:
-        """What the next chunk needs of this one: its last `kernel - stride` inputs."""
+        """The last kernel - stride inputs, and whether there were any."""
         past = self.conv.weight.new_zeros(batch_size, self.conv.in_channels, self.padding)
         return {"past": past, "started": past.new_zeros((), dtype=torch.bool)}
 
     def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
-        if self.padding:
-            past = x.new_zeros(()) if state is None else state[self]["past"]
-            if self.repeat_first:
-                past = x[..., :1] if state is None else torch.where(state[self]["started"], past, x[..., :1])
-            x = torch.cat([past.expand(*x.shape[:2], self.padding), x], dim=-1)
-            if state is not None:
-                state[self]["past"].copy_(x[..., -self.padding:])
-                state[self]["started"].fill_(True)
-        if state is None or x.shape[-1] > 2048 * self.stride:
+        memory = memory_of(self, state, len(x))
+        past = memory["past"]
+        if self.repeat_first:
+            past = torch.where(~memory["started"], x[..., :1], past)
+            memory["started"].fill_(True)
+        x = torch.cat([past, x], dim=-1)
+        memory["past"].copy_(x[..., x.shape[-1] - self.padding :])
+
+        if x.shape[-1] > FEW_OUTPUTS * self.stride:
             return self.conv(x)
-        # For the few positions of a frame one matrix product is faster than the convolution kernels.
-        rows = x.unfold(-1, self.kernel, self.stride).transpose(1, 2).flatten(2)  # [B, T', C_in * kernel]
+        windows = x.unfold(-1, self.kernel, self.stride)  # [B, C_in, T', kernel]
+        rows = windows.transpose(1, 2).flatten(2)  # [B, T', C_in * kernel]
         return F.linear(rows, self.conv.weight.flatten(1), self.conv.bias).transpose(1, 2)
 
 class CausalConvTranspose1d(nn.Module):
@@ -174,69 +157,81 @@ class CausalConvTranspose1d(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, stride: int, bias: bool = True, depthwise: bool = False):
         super().__init__()
-        self.stride, self.c_out, self.depthwise = stride, c_out, depthwise
+        self.c_out, self.stride, self.depthwise = c_out, stride, depthwise
         groups = c_in if depthwise else 1
         self.convtr = nn.ConvTranspose1d(c_in, c_out, 2 * stride, stride, bias=bias, groups=groups)
 
     def new_memory(self, batch_size: int) -> dict:
-        """The second half that the last input left over, without the bias."""
+        """The second half that the last input left over."""
         return {"tail": self.convtr.weight.new_zeros(batch_size, 1, self.c_out, self.stride)}
 
     def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
-        if state is None:
-            return self.convtr(x)[..., :-self.stride]
-        x, weight, bias = x.transpose(1, 2), self.convtr.weight, self.convtr.bias
-        # What each input makes: [B, T, C_out * 2 * stride], then both halves, each [B, T, C_out, stride]
-        parts = x[..., None] * weight[:, 0] if self.depthwise else x @ weight.flatten(1)
-        now, later = parts.view(*x.shape[:2], self.c_out, 2, self.stride).unbind(3)
-        y = now + torch.cat([state[self]["tail"], later[:, :-1]], dim=1)
-        state[self]["tail"].copy_(later[:, -1:])
+        memory = memory_of(self, state, len(x))
+        x, weight = x.transpose(1, 2), self.convtr.weight  # [B, T, C_in], [C_in, C_out, 2 * stride]
+        made = x[..., None] * weight[:, 0] if self.depthwise else x @ weight.flatten(1)
+        halves = made.view(*x.shape[:2], self.c_out, 2, self.stride)
+        first, second = halves.unbind(3)  # [B, T, C_out, stride] each
+        y = first + torch.cat([memory["tail"], second[:, :-1]], dim=1)
+        memory["tail"].copy_(second[:, -1:])  # without the bias, which is added to each output only once
         y = y.transpose(1, 2).flatten(2)  # [B, C_out, T * stride]
-        return y if bias is None else y + bias[:, None]
+        return y if self.convtr.bias is None else y + self.convtr.bias[:, None]
 
 # ----------------------------------------------------------------------------------------------------- SEANet
 
-class SEANet(nn.Sequential):
-    """Layers in a row (Tagliasacchi et al. 2020, as in EnCodec). All but the activations take the state."""
+class ELU(nn.ELU):
+    """The activation. It takes the state as its neighbours do, and remembers nothing."""
+
+    def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
+        return super().forward(x)
+
+class Layers(nn.Sequential):
+    """Modules in a row, each given the state."""
 
     def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
         for layer in self:
-            x = layer(x) if isinstance(layer, nn.ELU) else layer(x, state)
+            x = layer(x, state)
         return x
 
-class ResidualBlock(SEANet):
+class ResidualBlock(nn.Module):
     """x + convolutions of x, with half the channels inside. [B, C, T] -> [B, C, T]."""
 
     def __init__(self, channels: int, kernel: int):
-        super().__init__(nn.ELU(), CausalConv1d(channels, channels // 2, kernel),
-                         nn.ELU(), CausalConv1d(channels // 2, channels, 1))
+        super().__init__()
+        self.block = Layers(
+            ELU(), CausalConv1d(channels, channels // 2, kernel),
+            ELU(), CausalConv1d(channels // 2, channels, 1))
 
     def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
-        return x + super().forward(x, state)
+        return x + self.block(x, state)
 
-class Encoder(SEANet):
-    """Sound [B, 1, T] -> [B, D, T / 960]: a stride divides the rate by its ratio and doubles the channels."""
-
-    def __init__(self, config: MimiConfig):
-        width = config.filters
-        layers = [CausalConv1d(1, width, config.kernel_size)]
-        for ratio in config.ratios[::-1]:
-            layers += [ResidualBlock(width, config.residual_kernel_size),
-                       nn.ELU(), CausalConv1d(width, 2 * width, 2 * ratio, ratio)]
-            width *= 2
-        super().__init__(*layers, nn.ELU(), CausalConv1d(width, config.latent_dim, config.last_kernel_size))
-
-class Decoder(SEANet):
-    """The encoder in the mirror: [B, D, T] -> sound [B, 1, T * 960]."""
+class Encoder(Layers):
+    """SEANet (Tagliasacchi et al. 2020, as in EnCodec): sound [B, 1, T] -> [B, D, T / 960].
+    Each stride divides the rate by its ratio and doubles the channels."""
 
     def __init__(self, config: MimiConfig):
-        width = config.filters * 2 ** len(config.ratios)
-        layers = [CausalConv1d(config.latent_dim, width, config.kernel_size)]
+        channels = config.n_filters
+        layers: list[nn.Module] = [CausalConv1d(1, channels, config.kernel_size)]
+        for ratio in reversed(config.ratios):
+            layers += [
+                ResidualBlock(channels, config.residual_kernel_size),
+                ELU(), CausalConv1d(channels, 2 * channels, 2 * ratio, ratio)]
+            channels *= 2
+        layers += [ELU(), CausalConv1d(channels, config.dimension, config.last_kernel_size)]
+        super().__init__(*layers)
+
+class Decoder(Layers):
+    """The encoder mirrored: [B, D, T] -> sound [B, 1, T * 960]."""
+
+    def __init__(self, config: MimiConfig):
+        channels = config.n_filters * 2 ** len(config.ratios)
+        layers: list[nn.Module] = [CausalConv1d(config.dimension, channels, config.kernel_size)]
         for ratio in config.ratios:
-            layers += [nn.ELU(), CausalConvTranspose1d(width, width // 2, ratio),
-                       ResidualBlock(width // 2, config.residual_kernel_size)]
-            width //= 2
-        super().__init__(*layers, nn.ELU(), CausalConv1d(width, 1, config.last_kernel_size))
+            layers += [
+                ELU(), CausalConvTranspose1d(channels, channels // 2, ratio),
+                ResidualBlock(channels // 2, config.residual_kernel_size)]
+            channels //= 2
+        layers += [ELU(), CausalConv1d(channels, 1, config.last_kernel_size)]
+        super().__init__(*layers)
 
 # ------------------------------------------------------------------------------------------------ transformer
 
@@ -259,13 +254,12 @@ def causal_mask(query_positions: Tensor, key_positions: Tensor, context: int) ->
     age = query_positions[:, None] - key_positions
     return (age >= 0) & (age < context) & (key_positions >= 0)
 
+class Placement(NamedTuple):
+    """What the layers of a transformer share in one call: where its inputs stand and what they may see."""
 
-class Window(NamedTuple):
-    """What the layers of a transformer share in one call: where the inputs stand and what they may see."""
-
-    turns: Tensor  # [T, head_dim / 2] complex
-    mask: Tensor  # [T, S], S keys: what is added to the scores, 0 or minus infinity
-    slots: Tensor | None  # [T], where the ring stores these keys and values; None: the sequence is whole
+    turns: Tensor  # [T, head_dim / 2] complex, the `rotation` of each input
+    mask: Tensor  # [T, S] over S keys, what is added to the scores: 0, or minus infinity where nothing is seen
+    slots: Tensor | None  # [T], where the ring stores the new keys and values; None: the sequence is whole
 
 class Attention(nn.Module):
     """Causal attention with rotary positions, grouped queries and a sliding window. [B, T, D] -> [B, T, D].
@@ -277,83 +271,96 @@ class Attention(nn.Module):
         self.in_proj = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False)  # q, k, v
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, window: Window, ring: Tensor | None = None) -> Tensor:
-        """`ring`: while streaming, the keys and values so far [2, B, KV, slots, hd], these to be added."""
-        heads = self.in_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2 KV, T, hd]
-        qk, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
-        q, k = rope(qk, window.turns).split([self.num_heads, self.num_kv_heads], dim=1)
+    def forward(self, x: Tensor, placement: Placement, ring: Tensor | None = None) -> Tensor:
+        """`ring`: while streaming, keys and values so far [2, B, KV, slots, head_dim], to which these are
+        added. The mask covers the slots that are looked at."""
+        H, KV = self.num_heads, self.num_kv_heads
+        heads = self.in_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2 KV, T, head_dim]
+        turned = rope(heads[:, : H + KV], placement.turns)
+        q, k, v = turned[:, :H], turned[:, H:], heads[:, H + KV :]
         if ring is not None:
-            if k.requires_grad:
-                raise ValueError("stream inside torch.no_grad(): the memory keeps no gradients")
-            ring.index_copy_(3, window.slots, torch.stack([k, v]))
-            k, v = ring[:, :, :, : window.mask.shape[-1]]
-        grouped = self.num_kv_heads != self.num_heads
-        y = F.scaled_dot_product_attention(q, k, v, window.mask, enable_gqa=grouped)
+            ring[0].index_copy_(2, placement.slots, k)
+            ring[1].index_copy_(2, placement.slots, v)
+            k, v = ring[:, :, :, : placement.mask.shape[-1]]
+        y = F.scaled_dot_product_attention(q, k, v, placement.mask, enable_gqa=KV != H)
         return self.out_proj(y.transpose(1, 2).flatten(2))
+
+class LayerScale(nn.Module):
+    """Scales each channel of an update, little at first (Touvron et al. 2021)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((dim,), 0.01))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x
 
 class TransformerLayer(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)). [B, T, D] -> [B, T, D].
-    `norm` is a class. `scales`: each update is scaled by channel (LayerScale, Touvron et al. 2021)."""
+    `norm` and `scale` are classes: Mimi has LayerNorm and LayerScale, Helium RMSNorm and no scale."""
 
-    def __init__(self, attention: Attention, feed_forward: nn.Module, norm: Callable, scales: bool):
+    def __init__(self, attention: Attention, feed_forward: nn.Module, norm: Callable, scale: Callable):
         super().__init__()
         dim = attention.out_proj.out_features
-        self.norm1, self.attention = norm(dim), attention
-        self.norm2, self.feed_forward = norm(dim), feed_forward
-        self.scale1 = nn.Parameter(torch.full((dim,), 0.01)) if scales else 1.0
-        self.scale2 = nn.Parameter(torch.full((dim,), 0.01)) if scales else 1.0
+        self.norm1, self.attention, self.scale1 = norm(dim), attention, scale(dim)
+        self.norm2, self.feed_forward, self.scale2 = norm(dim), feed_forward, scale(dim)
 
-    def forward(self, x: Tensor, window: Window, ring: Tensor | None = None) -> Tensor:
-        x = x + self.scale1 * self.attention(self.norm1(x), window, ring)
-        return x + self.scale2 * self.feed_forward(self.norm2(x))
+    def forward(self, x: Tensor, placement: Placement, ring: Tensor | None = None) -> Tensor:
+        x = x + self.scale1(self.attention(self.norm1(x), placement, ring))
+        return x + self.scale2(self.feed_forward(self.norm2(x)))
 
 class Transformer(nn.Module):
     """Both of Mimi's transformers, and Helium: causal layers with a sliding window. [B, T, D] -> [B, T, D].
-    While streaming, keys and values of a layer lie in a ring: position p in slot p % ring_size, the oldest
-    overwritten. The ring has `step - 1` slots more than the window, so that the oldest query of a step still
-    finds all of it. A longer chunk is written at once while that overwrites nothing, else step by step."""
+    While streaming, keys and values of a layer lie in a ring: position p in slot p % ring_size, where it
+    overwrites the oldest. The ring has a slot more than the window for each further position in a frame, so
+    that the oldest query of a frame still finds all of its window."""
 
-    def __init__(self, layers: list[TransformerLayer], context: int, max_period: float, step: int = 1):
+    def __init__(self, layers: list[TransformerLayer], context: int, max_period: float, frame_positions=1):
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.context, self.max_period, self.step = context, max_period, step
-        self.ring_size = context + step - 1
+        self.context, self.max_period, self.frame_positions = context, max_period, frame_positions
+        self.ring_size = context + frame_positions - 1
+        self.attend_filled = True  # on the CPU; see `place`
 
     def new_memory(self, batch_size: int) -> dict:
-        """The rings, and the position of the next input: a tensor, as a captured graph has no Python."""
+        """The rings, and the position of the next input: a tensor, since a replayed graph runs no Python."""
         attention = self.layers[0].attention
         shape = 2, batch_size, attention.num_kv_heads, self.ring_size, attention.head_dim
         rings = attention.in_proj.weight.new_zeros(len(self.layers), *shape)
         return {"rings": rings, "position": rings.new_zeros(1, dtype=torch.long)}
 
-    def window(self, x: Tensor, state: dict | None) -> Window:
-        """Where x stands and what it may see; while streaming, moves the position on."""
-        length, slots = x.shape[1], None
-        positions = key_positions = torch.arange(length, device=x.device)
+    def place(self, x: Tensor, state: dict | None) -> Placement:
+        """Where the inputs x stand and which keys they may see: each other or, while streaming, the ring."""
+        positions = key_positions = torch.arange(x.shape[1], device=x.device)
+        slots = None
         if state is not None:
-            position = state[self]["position"]
-            positions = positions + position
-            slots = positions % self.ring_size
-            last = position + length - 1
-            # The CPU reads only filled slots. A graph needs fixed shapes, and asking for a length is a sync.
-            filled = min(int(last) + 1, self.ring_size) if x.device.type == "cpu" else self.ring_size
+            positions = positions + state[self]["position"]
+            slots, last = positions % self.ring_size, positions[-1]
+            filled = self.ring_size
+            if self.attend_filled and x.device.type == "cpu":  # less to read; a graph needs fixed shapes
+                filled = min(filled, int(last) + 1)
             ring = torch.arange(filled, device=x.device)
             key_positions = last - (last - ring) % self.ring_size  # the newest that fell into each slot
-            position += length
         visible = causal_mask(positions, key_positions, self.context)
         mask = torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill_(~visible, -math.inf)
         turns = rotation(positions, self.layers[0].attention.head_dim, self.max_period)
-        return Window(turns, mask, slots)
+        return Placement(turns, mask, slots)
 
     def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
-        if state is not None and x.shape[1] > self.step:
-            # A chunk longer than a step must not overwrite what its own first positions still want to see.
-            if int(state[self]["position"]) + x.shape[1] > self.ring_size:
-                return torch.cat([self(chunk, state) for chunk in x.split(self.step, dim=1)], dim=1)
-        window = self.window(x, state)
-        rings = [None] * len(self.layers) if state is None else state[self]["rings"]
+        length, rings = x.shape[1], [None] * len(self.layers)
+        if state is not None:
+            if x.requires_grad:
+                raise ValueError("stream inside torch.no_grad(): the memory keeps no gradients")
+            if length > self.frame_positions and int(state[self]["position"]) + length > self.ring_size:
+                # Written at once, it would overwrite what its own first positions still want to see.
+                frames = x.split(self.frame_positions, dim=1)
+                return torch.cat([self(frame, state) for frame in frames], dim=1)
+            rings = state[self]["rings"]
+        placement = self.place(x, state)
         for layer, ring in zip(self.layers, rings):
-            x = layer(x, window, ring)
+            x = layer(x, placement, ring)
+        if state is not None:
+            state[self]["position"] += length
         return x
 
 # ------------------------------------------------------------------------------------------------- quantizers
@@ -373,28 +380,28 @@ class Codebook(nn.Module):
         return self.embedding_sum / self.cluster_usage.clamp(min=1e-5)[:, None]
 
     def new_memory(self, batch_size: int) -> dict:
-        """Nothing changes while streaming: the centroids and half their squared lengths are computed once."""
+        """What never changes while streaming: the centroids and half their squared lengths."""
         centroids = self.centroids
         return {"centroids": centroids, "half_squares": centroids.pow(2).sum(1) / 2}
 
     def encode(self, x: Tensor, state: dict | None = None) -> Tensor:
         """x [B, F, dim] -> the index of the nearest centroid [B, F].
         |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2): the nearest c has the largest bracket, a matrix product."""
-        memory = self.new_memory(len(x)) if state is None else state[self]
+        memory = memory_of(self, state, len(x))
         return (x @ memory["centroids"].T - memory["half_squares"]).argmax(dim=-1)
 
     def decode(self, codes: Tensor, state: dict | None = None) -> Tensor:
         """codes [B, F] -> centroids [B, F, dim]."""
-        return F.embedding(codes, self.centroids if state is None else state[self]["centroids"])
+        return F.embedding(codes, memory_of(self, state, len(codes))["centroids"])
 
 class ResidualQuantizer(nn.Module):
     """Codebooks in a row, each quantizing what those before it left over, between two projections."""
 
     def __init__(self, config: MimiConfig, num_codebooks: int):
         super().__init__()
-        self.input_proj = nn.Conv1d(config.latent_dim, config.codebook_dim, 1, bias=False)
-        self.output_proj = nn.Conv1d(config.codebook_dim, config.latent_dim, 1, bias=False)
-        codebooks = [Codebook(config.codebook_size, config.codebook_dim) for _ in range(num_codebooks)]
+        self.input_proj = nn.Conv1d(config.dimension, config.quantizer_dimension, 1, bias=False)
+        self.output_proj = nn.Conv1d(config.quantizer_dimension, config.dimension, 1, bias=False)
+        codebooks = [Codebook(config.bins, config.quantizer_dimension) for _ in range(num_codebooks)]
         self.codebooks = nn.ModuleList(codebooks)
 
     def encode(self, z: Tensor, num_codebooks: int, state: dict | None = None) -> Tensor:
@@ -416,9 +423,9 @@ class SplitQuantizer(nn.Module):
 
     def __init__(self, config: MimiConfig):
         super().__init__()
-        self.num_codebooks = config.total_codebooks  # in use, from 1 to all; set through Mimi.num_codebooks
+        self.num_codebooks = config.n_q  # in use, from 1 to all; set through Mimi.num_codebooks
         self.semantic = ResidualQuantizer(config, 1)
-        self.acoustic = ResidualQuantizer(config, config.total_codebooks - 1)
+        self.acoustic = ResidualQuantizer(config, config.n_q - 1)
 
     def encode(self, z: Tensor, state: dict | None = None) -> Tensor:
         """z [B, D, F] -> codes [B, K, F], K = num_codebooks."""
@@ -430,9 +437,22 @@ class SplitQuantizer(nn.Module):
     def decode(self, codes: Tensor, state: dict | None = None) -> Tensor:
         """codes [B, K, F], K from 1 to all -> z [B, D, F]."""
         z = self.semantic.decode(codes[:, :1], state)
-        return z + self.acoustic.decode(codes[:, 1:], state) if codes.shape[1] > 1 else z
+        if codes.shape[1] == 1:
+            return z
+        return z + self.acoustic.decode(codes[:, 1:], state)
 
 # ------------------------------------------------------------------------------------------------------- Mimi
+
+def mimi_transformer(config: MimiConfig) -> Transformer:
+    """One of Mimi's two transformers: LayerNorm, GELU, LayerScale, two positions in a frame."""
+    dim, layers = config.dimension, []
+    for _ in range(config.num_layers):
+        attention = Attention(dim, config.num_heads, config.num_heads)
+        feed_forward = nn.Sequential(
+            nn.Linear(dim, config.dim_feedforward, bias=False), nn.GELU(),
+            nn.Linear(config.dim_feedforward, dim, bias=False))
+        layers.append(TransformerLayer(attention, feed_forward, nn.LayerNorm, LayerScale))
+    return Transformer(layers, config.context, config.max_period, frame_positions=config.stride)
 
 class Mimi(nn.Module):
     """The codec. Without `state` a call takes a whole recording; with one it takes its next frames."""
@@ -442,34 +462,24 @@ class Mimi(nn.Module):
         self.config = config
         self.sample_rate, self.frame_rate = config.sample_rate, config.frame_rate
         self.frame_size = config.frame_size
-        dim, hidden, stride = config.latent_dim, config.feedforward_dim, config.stride
-
-        def transformer() -> Transformer:
-            layers = []
-            for _ in range(config.num_layers):
-                attention = Attention(dim, config.num_heads, config.num_heads)
-                feed_forward = nn.Sequential(
-                    nn.Linear(dim, hidden, bias=False), nn.GELU(), nn.Linear(hidden, dim, bias=False))
-                layers.append(TransformerLayer(attention, feed_forward, nn.LayerNorm, scales=True))
-            return Transformer(layers, config.context, config.max_period, step=stride)
-
+        dim, stride = config.dimension, config.stride
         self.encoder = Encoder(config)
-        self.encoder_transformer = transformer()
+        self.encoder_transformer = mimi_transformer(config)
         self.downsample = CausalConv1d(dim, dim, 2 * stride, stride, bias=False, repeat_first=True)
         self.quantizer = SplitQuantizer(config)
         self.upsample = CausalConvTranspose1d(dim, dim, stride, bias=False, depthwise=True)
-        self.decoder_transformer = transformer()
+        self.decoder_transformer = mimi_transformer(config)
         self.decoder = Decoder(config)
 
     @property
     def num_codebooks(self) -> int:
-        """Codebooks in use by `encode`, from 1 to config.total_codebooks."""
+        """Codebooks in use by `encode`, from 1 to config.n_q."""
         return self.quantizer.num_codebooks
 
     @num_codebooks.setter
     def num_codebooks(self, number: int):
-        if not 1 <= number <= self.config.total_codebooks:
-            raise ValueError(f"{number} codebooks: this Mimi has from 1 to {self.config.total_codebooks}")
+        if not 1 <= number <= self.config.n_q:
+            raise ValueError(f"{number} codebooks: this Mimi has from 1 to {self.config.n_q}")
         self.quantizer.num_codebooks = number
 
     def to_latent(self, pcm: Tensor, state: dict | None = None) -> Tensor:
@@ -497,9 +507,87 @@ class Mimi(nn.Module):
     @torch.no_grad()
     def decode(self, codes: Tensor, state: dict | None = None) -> Tensor:
         """codes [B, K, F], any K from 1 to all -> pcm [B, 1, F * 1920]."""
-        if codes.dim() != 3 or not 1 <= codes.shape[1] <= self.config.total_codebooks or not codes.shape[2]:
+        if codes.dim() != 3 or not 1 <= codes.shape[1] <= self.config.n_q or not codes.shape[2]:
             raise ValueError(f"Mimi takes codes as [batch, codebooks, frames], not {list(codes.shape)}")
         return self.from_latent(self.quantizer.decode(codes, state), state)
+
+# ----------------------------------------------------------------------------------------------- config files
+
+def check_sizes(config, may_be_zero: tuple[str, ...] = ()) -> None:
+    """ValueError unless every field of a config dataclass holds positive numbers of its default's kind."""
+    for field in dataclasses.fields(config):
+        value, is_list = getattr(config, field.name), isinstance(field.default, tuple)
+        numbers = value if is_list and isinstance(value, (list, tuple)) else [value]
+        kinds = (int, float) if isinstance(field.default, float) else (int,)
+        lowest = 0 if field.name in may_be_zero else 1e-9
+        good = numbers and all(type(number) in kinds and lowest <= number < 2**20 for number in numbers)
+        if not good or is_list and numbers is not value:
+            raise ValueError(f"config: {field.name} cannot be {value!r}")
+
+def check_mimi_fits(config: MimiConfig) -> None:
+    """ValueError where sizes of a Mimi contradict each other."""
+    if config.dimension % (2 * config.num_heads):  # rotary embedding turns pairs
+        raise ValueError(f"config: {config.num_heads} heads cannot share dimension {config.dimension}")
+    if config.n_q < 2:
+        raise ValueError("config: n_q must be 2 or more, a semantic and an acoustic codebook")
+    if config.stride < 2 or config.stride * config.hop_size * config.frame_rate != config.sample_rate:
+        raise ValueError(f"config: a frame_rate of {config.frame_rate} does not fit ratios {config.ratios}")
+
+def check_official(given: dict, possible: dict, what: str) -> None:
+    """ValueError for a key or a value of an official JSON object that isn't `possible` with this code."""
+    for key, value in given.items():
+        if key not in possible:
+            raise ValueError(f"{what}: unknown key {key!r}")
+        if value != possible[key]:
+            raise ValueError(f"{what}: {key} is {value!r}, but only {possible[key]!r} is possible here")
+
+# What the official JSON means where it leaves a key out.
+MIMI_DEFAULTS = {
+    "seanet": {
+        "dimension": 128, "n_filters": 32, "ratios": [8, 5, 4, 2], "kernel_size": 7, "last_kernel_size": 7,
+        "residual_kernel_size": 3, "n_residual_layers": 3, "causal": False, "pad_mode": "reflect"},
+    "quantizer": {"dimension": 128, "n_q": 8, "bins": 1024, "input_dimension": None, "output_dimension": None},
+    "transformer": {
+        "d_model": None, "num_heads": None, "num_layers": None, "dim_feedforward": 2048, "context": None,
+        "max_period": 10000, "input_dimension": None, "output_dimensions": None, "causal": False,
+        "conv_layout": False, "layer_scale": None, "positional_embedding": "sin"}}
+
+def read_mimi(official: dict) -> MimiConfig:
+    """A config from the official JSON, which has three sections."""
+    sections = {}
+    for name, defaults in MIMI_DEFAULTS.items():
+        given = official.get(name, {})
+        if not isinstance(given, dict):
+            raise ValueError(f"Mimi config: {name} cannot be {given!r}")
+        sections[name] = {**defaults, **given}
+    found = {**official, **sections["quantizer"], **sections["transformer"], **sections["seanet"]}
+    found["quantizer_dimension"] = sections["quantizer"]["dimension"]
+    config = MimiConfig(**{field.name: found.get(field.name) for field in dataclasses.fields(MimiConfig)})
+    possible = config.to_dict()
+    possible["seanet"]["activation_params"], possible["quantizer"]["n_q_semantic"] = {"alpha": 1.0}, 1
+    check_official({**official, **sections}, {**possible, **sections}, "Mimi config")
+    for name, section in sections.items():
+        check_official(section, possible[name], f"Mimi config, {name}")
+    return config
+
+def write_mimi(c: MimiConfig) -> dict:
+    """The official JSON of a config: its sizes, and all that is the same in every Mimi."""
+    return {
+        "sample_rate": c.sample_rate, "channels": 1, "frame_rate": c.frame_rate,
+        "seanet": {
+            "channels": 1, "dimension": c.dimension, "n_filters": c.n_filters, "ratios": list(c.ratios),
+            "kernel_size": c.kernel_size, "residual_kernel_size": c.residual_kernel_size,
+            "last_kernel_size": c.last_kernel_size, "n_residual_layers": 1, "causal": True, "compress": 2,
+            "activation": "ELU", "norm": "none", "true_skip": True, "pad_mode": "constant",
+            "dilation_base": 2, "disable_norm_outer_blocks": 0},
+        "quantizer": {
+            "dimension": c.quantizer_dimension, "n_q": c.n_q, "bins": c.bins,
+            "input_dimension": c.dimension, "output_dimension": c.dimension},
+        "transformer": {
+            "d_model": c.dimension, "input_dimension": c.dimension, "output_dimensions": [c.dimension],
+            "num_heads": c.num_heads, "num_layers": c.num_layers, "dim_feedforward": c.dim_feedforward,
+            "context": c.context, "max_period": c.max_period, "causal": True, "conv_layout": True,
+            "layer_scale": 0.01, "positional_embedding": "rope", "norm": "layer_norm", "gating": "none"}}
 
 # ----------------------------------------------------------------------------------------------- weight files
 
@@ -515,73 +603,88 @@ def whole_file(path: str | Path):
         temporary.unlink(missing_ok=True)
 
 def official_names(model: nn.Module, rules: list[tuple[str, str]]) -> dict[str, str]:
-    """Our name -> the official name of every tensor in `model`: each rule (pattern, replacement) in its turn.
-    A '{k}' in an official name stands for the entries of our first axis, stored one by one."""
+    """Our name -> the name in the released files of every tensor in `model`: each rule (pattern, replacement)
+    in its turn. A '{k}' in a name stands for the entries of our first axis, stored one by one."""
     names = {name: name for name in model.state_dict()}
     for pattern, replacement in rules:
         names = {ours: re.sub(pattern, replacement, name) for ours, name in names.items()}
     return names
 
+def newer_name(name: str) -> str:
+    """What the official package calls it today: an attention has a tensor for each codebook, Helium's one."""
+    return re.sub(r"\.(in|out)_proj[_.]weight$", r".\1_projs.{k}.weight", name)
+
+class WeightFile:
+    """A SafeTensors file whose tensors are taken out one by one. On the CPU they are mapped, not read."""
+
+    def __init__(self, path: str | Path, device, dtype: torch.dtype | None):
+        open(path, "rb").close()  # its OSError says what is wrong; safe_open calls every such file missing
+        try:
+            self.file = safetensors.safe_open(path, framework="pt", device=str(device))
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path}: not a whole SafeTensors file ({error}); no other is read") from None
+        self.path, self.dtype, self.unused = path, dtype, set(self.file.keys())
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """The tensor of this name, in the dtype asked for (None: its own), which must have this shape."""
+        if name not in self.unused:
+            raise ValueError(f"{self.path}: the tensor {name} is missing")
+        stored, kind = self.file.get_slice(name).get_shape(), self.file.get_slice(name).get_dtype()
+        if stored != list(shape):
+            raise ValueError(f"{self.path}: {name} has the shape {stored}, expected {list(shape)}")
+        if kind not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(f"{self.path}: {name} holds {kind}; only floats are read, int8 files are not")
+        self.unused.remove(name)
+        return self.file.get_tensor(name).to(dtype=self.dtype)
+
+    def take_ours(self, name: str, shape: torch.Size) -> Tensor:
+        """A tensor of ours by its released name: there, or in pieces, or under a newer name."""
+        if name in self.unused and name != newer_name(name):  # the released files stack codebooks
+            return self.take(name, math.prod(shape[:-1]), shape[-1]).view(shape)
+        name = newer_name(name)
+        if "{k}" not in name or len(shape) < 3:
+            return self.take(name.format(k=0), *shape)
+        pieces = [self.take(name.format(k=k), *shape[1:]) for k in range(shape[0])]
+        return torch.stack(pieces) if pieces else torch.empty(shape, dtype=self.dtype)
+
 def load_weights(model: nn.Module, path: str | Path, rules: list, device, dtype: torch.dtype | None) -> None:
     """Puts the tensors of a SafeTensors file into `model`, which was built on the meta device.
-    On the CPU weights are mapped from the file, not read, where they have the dtype asked for (None: any).
     A missing, extra or misshapen tensor raises ValueError, and so does a file that isn't SafeTensors."""
-    open(path, "rb").close()  # its OSError says why not; safe_open takes any such file for a missing one
-    try:
-        file = safetensors.safe_open(path, framework="pt", device=str(device))
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a whole SafeTensors file ({error}); no other format is read") from None
-    unused = set(file.keys())
-
-    def take(name: str, *shape: int) -> Tensor:
-        if name not in unused:
-            raise ValueError(f"{path}: the tensor {name} is missing")
-        stored = file.get_slice(name).get_shape()
-        if stored != list(shape):
-            raise ValueError(f"{path}: {name} has the shape {stored}, expected {list(shape)}")
-        unused.remove(name)
-        if file.get_slice(name).get_dtype().startswith(("I", "U", "BOOL")):
-            raise ValueError(f"{path}: {name} holds whole numbers; int8 files are not read")
-        return file.get_tensor(name).to(dtype=dtype)
-
-    weights, names = {}, official_names(model, rules)
-    for ours, empty in model.state_dict().items():
-        name, shape = names[ours], empty.shape
-        # The released files name the attention projections otherwise, and stack the depth decoder's.
-        older = re.sub(r"in_projs\.(0|{k})\.weight", "in_proj_weight", name)
-        older = re.sub(r"out_projs\.(0|{k})\.weight", "out_proj.weight", older)
-        if "{k}" not in name:
-            weights[ours] = take(older if older in unused else name, *shape)
-        elif older in unused:
-            weights[ours] = take(older, shape[0] * shape[1], *shape[2:]).view(shape)
-        else:
-            pieces = [take(name.format(k=k), *shape[1:]) for k in range(shape[0])]
-            weights[ours] = torch.stack(pieces) if pieces else torch.empty(shape, device=device, dtype=dtype)
-    if unused:
-        raise ValueError(f"{path}: the tensor {min(unused)} is not known, does the config fit the file?")
+    file, empty, names = WeightFile(path, device, dtype), model.state_dict(), official_names(model, rules)
+    weights = {ours: file.take_ours(name, empty[ours].shape) for ours, name in names.items()}
+    if file.unused:
+        raise ValueError(f"{path}: the tensor {min(file.unused)} is not known, does the config fit the file?")
     model.load_state_dict(weights, assign=True)
 
 def save_weights(model: nn.Module, path: str | Path, rules: list) -> None:
-    """Writes the file that `load_weights` reads, with the newer official names."""
+    """Writes the file that `load_weights` reads, with the newer names."""
     tensors, weights = {}, model.state_dict()
     for ours, name in official_names(model, rules).items():
-        tensor = weights[ours]
-        pieces = enumerate(tensor) if "{k}" in name else [(0, tensor)]
+        name, tensor = newer_name(name), weights[ours]
+        pieces = enumerate(tensor) if "{k}" in name and tensor.dim() == 3 else [(0, tensor)]
         tensors.update({name.format(k=k): piece.contiguous() for k, piece in pieces})
     with whole_file(path) as file:
         save_file(tensors, file.name)  # puts a file of its own there, which only its owner may read
         os.chmod(file.name, os.fstat(file.fileno()).st_mode & 0o777)
 
+# What turns our names into those of the released files. Beside each rule what it makes of one of our names.
 TRANSFORMER_NAMES = [  # shared with Helium
-    (r"\.attention\.(in|out)_proj\.", r".self_attn.\1_projs.0."), (r"\.scale(\d)$", r".layer_scale_\1.scale"),
+    (r"\.attention\.in_proj\.", ".self_attn.in_proj_"),  # layers.0.self_attn.in_proj_weight
+    (r"\.attention\.", ".self_attn."),  # layers.0.self_attn.out_proj.weight
+    (r"\.scale(\d)\.", r".layer_scale_\1."),  # layers.0.layer_scale_1.scale
 ]
 MIMI_NAMES = [
-    (r"^(encoder|decoder)\.", r"\1.model."), (r"(model\.\d+)\.(\d)", r"\1.block.\2"),
-    (r"\.(conv|convtr)\.", r".\1.\1."), (r"sample\.(conv|convtr)\.", r"sample.\1.\1."),
-    (r"_transformer\.", "_transformer.transformer."), *TRANSFORMER_NAMES,
-    (r"\.feed_forward\.0", ".linear1"), (r"\.feed_forward\.2", ".linear2"),
-    (r"\.semantic\.", ".rvq_first."), (r"\.acoustic\.", ".rvq_rest."),
-    (r"\.codebooks\.(\d+)\.", r".vq.layers.\1._codebook."), (r"\.initialized", "._initialized"),
+    (r"^(encoder|decoder)\.", r"\1.model."),  # encoder.model.1.block.1.conv.weight
+    (r"\.(conv|convtr)\.", r".\1.\1."),  # encoder.model.1.block.1.conv.conv.weight
+    (r"sample\.(conv|convtr)\.", r"sample.\1.\1."),  # downsample.conv.conv.conv.weight
+    (r"_transformer\.", "_transformer.transformer."),  # encoder_transformer.transformer.layers.0.norm1.bias
+    *TRANSFORMER_NAMES,
+    (r"\.feed_forward\.0", ".linear1"),  # ...layers.0.linear1.weight
+    (r"\.feed_forward\.2", ".linear2"),  # ...layers.0.linear2.weight
+    (r"\.semantic\.", ".rvq_first."),  # quantizer.rvq_first.input_proj.weight
+    (r"\.acoustic\.", ".rvq_rest."),  # quantizer.rvq_rest.input_proj.weight
+    (r"\.codebooks\.(\d+)\.", r".vq.layers.\1._codebook."),  # ...rvq_rest.vq.layers.3._codebook.embedding_sum
+    (r"\.initialized", "._initialized"),  # ...rvq_rest.vq.layers.3._codebook._initialized
 ]
 
 def load_mimi(path: str | Path, config: MimiConfig | None = None, num_codebooks=8, device="cpu") -> Mimi:

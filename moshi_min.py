@@ -6,18 +6,18 @@
 What is notable:
 - it listens and speaks at once: the user's stream is only read, Moshi's streams are predicted, none waits;
 - inner monologue: the text of what Moshi says is a stream of its own, just ahead of the sound;
-- the acoustic codebooks are delayed by a step, so that they can lean on the semantic one;
-- RMSNorm in float32, SwiGLU, interleaved rotary positions, no biases, a sliding window of 3000 steps (4 min);
+- the acoustic codebooks are delayed by a frame, so that they can lean on the semantic one;
+- RMSNorm in float32, SwiGLU, interleaved rotary positions, no biases, a sliding window of 3000 frames (4 min);
 - the depth decoder has its own weights for each codebook, held stacked: [codebook, out, in].
 
 From "Moshi: a speech-text foundation model for real-time dialogue" (Défossez et al. 2024, arXiv:2410.00037,
-section 3.4); the reference implementation is `moshi.models.lm`.
+section 3.4); the reference implementation is `moshi.models.lm`. Helium's attention is in mimi_min.py.
 """
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,27 +26,14 @@ import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
-from mimi_min import (
-    TRANSFORMER_NAMES,
-    Attention,
-    Mimi,
-    MimiConfig,
-    Transformer,
-    TransformerLayer,
-    check_numbers,
-    init_state,
-    load_mimi,
-    load_weights,
-    read_keys,
-    save_weights,
-)
+from mimi_min import (TRANSFORMER_NAMES, Attention, Mimi, MimiConfig, Transformer, TransformerLayer, captured,
+                      check_official, check_sizes, init_state, load_mimi, load_weights, reset_state,
+                      save_mimi, save_weights)
 
 NO_INPUT = -1  # a token that adds nothing: the zero vector
 UNGENERATED = -2  # a token that is still to be sampled
 
-# ---------------------------------------------------------------------------------------------- configuration
-
-@dataclass
+@dataclasses.dataclass
 class MoshiConfig:
     """The sizes of a Moshi under their official names; the defaults are the released 7B's."""
 
@@ -55,7 +42,7 @@ class MoshiConfig:
     num_heads: int = 32
     kv_repeat: int = 1  # query heads that share one key and value head
     hidden_scale: float = 4.125  # feed-forward width over dim, before the gate takes its third
-    context: int = 3000  # sliding window, in steps
+    context: int = 3000  # sliding window, in frames
     max_period: float = 10000.0  # of the rotary embedding
     n_q: int = 16  # audio streams in all: Moshi's and the user's
     dep_q: int = 8  # those of Moshi, which the depth decoder predicts
@@ -63,7 +50,7 @@ class MoshiConfig:
     text_card: int = 32000  # tokens of the text vocabulary; the token `text_card` starts the stream
     existing_text_padding_id: int = 3  # PAD: no new word
     existing_text_end_padding_id: int = 0  # EPAD: a word comes next
-    delays: tuple[int, ...] = (0,) + 2 * (0, 1, 1, 1, 1, 1, 1, 1)  # of each stream, in steps, the text first
+    delays: tuple[int, ...] = (0,) + 2 * (0, 1, 1, 1, 1, 1, 1, 1)  # of each stream, in frames, the text first
     depformer_dim: int = 1024  # width of the depth decoder
     depformer_num_layers: int = 6
     depformer_num_heads: int = 16
@@ -71,67 +58,30 @@ class MoshiConfig:
     depformer_dim_feedforward: int = 4224
 
     def __post_init__(self):
-        check_numbers(self, ("existing_text_padding_id", "existing_text_end_padding_id", "delays"))
+        check_sizes(self, ("existing_text_padding_id", "existing_text_end_padding_id", "delays"))
         self.delays = tuple(self.delays)
-        if len(self.delays) != self.n_q + 1 or self.dep_q > self.n_q:
-            raise ValueError(f"config: n_q {self.n_q}, dep_q {self.dep_q}, delays {self.delays} do not fit")
-        for part, pair in (("", 2), ("depformer_", 1)):  # rotary embedding turns pairs
-            dim, heads, repeat = (getattr(self, part + name) for name in ("dim", "num_heads", "kv_repeat"))
-            if dim % (pair * heads) or heads % repeat:
-                raise ValueError(f"config: {part}dim {dim} does not fit {heads} heads, kv_repeat {repeat}")
-        if min(int(self.hidden_scale * self.dim), self.depformer_dim_feedforward) < 2:
-            raise ValueError("config: hidden_scale or depformer_dim_feedforward leaves no hidden unit")
-        if max(self.existing_text_padding_id, self.existing_text_end_padding_id) >= self.text_card:
-            raise ValueError("config: the padding tokens must be below text_card")
+        check_moshi_fits(self)
 
     @classmethod
     def from_dict(cls, official: dict) -> MoshiConfig:
         """Reads an official `config.json`; unknown keys and impossible values raise ValueError."""
-        # The official model passes these on to the depth decoder when its own key is missing.
-        inherited = {f"depformer_{key}": official[key] for key in
-                     ("num_layers", "kv_repeat", "gating", "layer_scale") if key in official}
-        fields = read_keys({**inherited, **official}, _MOSHI_KEYS, "config")
-        if fields["depformer_dim_feedforward"] == 0:
-            fields["depformer_dim_feedforward"] = int(fields["hidden_scale"] * fields["depformer_dim"])
-        return cls(**fields)
+        return read_moshi(official)
 
-# For `read_keys`: all that config.json may say.
-_MOSHI_KEYS: dict[str, tuple] = {
-    **{key: (key, default) for key, default in {
-        "dim": 128, "num_layers": None, "num_heads": 8, "kv_repeat": 1, "hidden_scale": 4, "context": None,
-        "max_period": 10000, "n_q": 8, "dep_q": 8, "card": 1024, "text_card": 32000, "delays": [0],
-        "existing_text_padding_id": 3, "existing_text_end_padding_id": 0, "depformer_dim": 256,
-        "depformer_num_layers": None, "depformer_num_heads": None, "depformer_kv_repeat": 1,
-        "depformer_dim_feedforward": 0}.items()},
-    "causal": ([True], True), "norm": (["rms_norm_f32"], "layer_norm"), "gating": (["silu"], "none"),
-    "layer_scale": ([None], None), "positional_embedding": (["rope"], "sin"), "norm_emb": ([False], False),
-    "bias_proj": ([False], False), "cross_attention": ([False], False), "text_card_out": ([None], None),
-    "demux_second_text_stream": ([False], False), "demux_second_stream": ([False], False),
-    "extra_heads_num_heads": ([0], 0), "conditioners": ([{}], {}), "lora": ([False], False),
-    "quantize": ([False], False), "depformer_gating": (["silu"], "none"), "depformer_norm": ([None], None),
-    "depformer_layer_scale": ([None], None), "depformer_pos_emb": (["none"], "sin"),
-    "depformer_multi_linear": ([True], False), "depformer_weights_per_step": ([True], False),
-    "depformer_weights_per_step_schedule": ([None], None), "depformer_low_rank_embeddings": ([None], None),
-    "model_type": (["moshi"], "moshi"), "lora_name": ([None, ""], None),
-    **dict.fromkeys((
-        "extra_heads_dim", "fuser", "lora_rank", "lora_scaling", "gradient_checkpointing", "depformer_causal",
-        "depformer_context", "depformer_max_period", "moshi_name", "mimi_name", "mimi_config_name",
-        "tokenizer_name", "model_id", "lm_gen_config", "stt_config", "tts_config"), (None, None)),
-}
+    def to_dict(self) -> dict:
+        """The official `config.json`."""
+        return write_moshi(self)
 
 # ----------------------------------------------------------------------------------------------------- blocks
 
 class RMSNorm(nn.Module):
-    """x * alpha / sqrt(mean(x^2) + 1e-8) over the last axis, in float32 (Zhang and Sennrich 2019)."""
+    """x * alpha / sqrt(mean(x^2) + 1e-8) over the last axis, in float32 inside (Zhang and Sennrich 2019)."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.alpha = nn.Parameter(torch.ones(1, 1, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        scale = self.alpha.float() * torch.rsqrt(1e-8 + wide.pow(2).mean(-1, keepdim=True))
-        return (wide * scale).to(x.dtype)
+        return F.rms_norm(x, (x.shape[-1],), self.alpha.view(-1), eps=1e-8)
 
 def gated_width(dim: int, feedforward: int) -> int:
     """2/3 of the plain width: SwiGLU's three matrices cost what two did. 4 * dim is an official exception."""
@@ -148,11 +98,17 @@ def embed(table: Tensor, tokens: Tensor) -> Tensor:
     """Rows of `table` [tokens, D] for `tokens` [...], the zero vector where the token is NO_INPUT."""
     return torch.where((tokens == NO_INPUT)[..., None], 0, F.embedding(tokens.clamp(min=0), table))
 
+def random_weight(*shape: int, variance: float = 1.0) -> nn.Parameter:
+    """A new matrix whose outputs have `variance` times the mean square of its inputs."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=(variance / shape[-1]) ** 0.5))
+
 # ---------------------------------------------------------------------------------------------- depth decoder
 
 def codebook_linear(x: Tensor, weight: Tensor) -> Tensor:
     """A linear map of its own for each codebook: x [K, N, D_in], weight [K, D_out, D_in] -> [K, N, D_out]."""
-    return F.linear(x[0], weight[0])[None] if len(weight) == 1 else x @ weight.transpose(1, 2)
+    if len(weight) == 1:  # a step of the sampler: a plain product is faster than a batch of one
+        return F.linear(x[0], weight[0])[None]
+    return x @ weight.transpose(1, 2)
 
 class DepthLayer(nn.Module):
     """A transformer layer across codebooks. Their own weights tell them apart: no positional embedding."""
@@ -164,22 +120,24 @@ class DepthLayer(nn.Module):
         self.num_kv_heads = self.num_heads // config.depformer_kv_repeat
         hidden = gated_width(dim, config.depformer_dim_feedforward)
         self.norm1, self.norm2 = RMSNorm(dim), RMSNorm(dim)
-        self.split = [self.num_heads, self.num_kv_heads, self.num_kv_heads]  # queries, keys, values
-        self.in_proj = nn.Parameter(torch.empty(K, sum(self.split) * self.head_dim, dim))
-        self.out_proj = nn.Parameter(torch.empty(K, dim, dim))
-        self.linear_in = nn.Parameter(torch.empty(K, 2 * hidden, dim))
-        self.linear_out = nn.Parameter(torch.empty(K, dim, hidden))
+        qkv = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        self.in_proj = random_weight(K, qkv, dim, variance=1 / 3)
+        self.out_proj = random_weight(K, dim, dim, variance=1 / 3)
+        self.linear_in = random_weight(K, 2 * hidden, dim, variance=1 / 3)
+        self.linear_out = random_weight(K, dim, hidden, variance=1 / 3)
         self.swiglu = SwiGLU()
 
     def forward(self, x: Tensor, codebooks: slice, past: list[Tensor] | None) -> Tensor:
         """x [K', N, D] of these codebooks -> the same. `past` collects keys and values; None: all at once."""
+        H, KV = self.num_heads, self.num_kv_heads
         heads = codebook_linear(self.norm1(x), self.in_proj[codebooks]).unflatten(-1, (-1, self.head_dim))
-        q, k, v = heads.permute(1, 2, 0, 3).split(self.split, dim=1)  # [N, H or KV, K', head_dim]
+        heads = heads.permute(1, 2, 0, 3)  # [N, H + 2 KV, K', head_dim]: queries, keys, values
+        keys_values = heads[:, H:]
         if past is not None:
-            past.append(torch.stack([k, v]))
-            k, v = torch.cat(past, dim=3)  # [N, KV, codebooks so far, head_dim]
-        grouped = self.num_kv_heads != self.num_heads
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=past is None, enable_gqa=grouped)
+            past.append(keys_values)
+            keys_values = torch.cat(past, dim=2)  # [N, 2 KV, codebooks so far, head_dim]
+        y = F.scaled_dot_product_attention(
+            heads[:, :H], keys_values[:, :KV], keys_values[:, KV:], is_causal=past is None, enable_gqa=KV != H)
         x = x + codebook_linear(y.permute(2, 0, 1, 3).flatten(2), self.out_proj[codebooks])
         hidden = self.swiglu(codebook_linear(self.norm2(x), self.linear_in[codebooks]))
         return x + codebook_linear(hidden, self.linear_out[codebooks])
@@ -191,11 +149,11 @@ class DepthDecoder(nn.Module):
     def __init__(self, config: MoshiConfig):
         super().__init__()
         dim, K = config.depformer_dim, config.dep_q
-        self.input_proj = nn.Parameter(torch.empty(K, dim, config.dim))
-        self.text_emb = nn.Parameter(torch.empty(config.text_card + 1, dim))
-        self.audio_emb = nn.Parameter(torch.empty(K - 1, config.card + 1, dim))
+        self.input_proj = random_weight(K, dim, config.dim, variance=1 / 3)
+        self.text_emb = random_weight(config.text_card + 1, dim)
+        self.audio_emb = random_weight(K - 1, config.card + 1, dim)
         self.layers = nn.ModuleList(DepthLayer(config) for _ in range(config.depformer_num_layers))
-        self.output_proj = nn.Parameter(torch.empty(K, config.card, dim))
+        self.output_proj = random_weight(K, config.card, dim)
 
     def forward(self, hidden: Tensor, tokens: Tensor, first: int = 0, past: list | None = None) -> Tensor:
         """K' codebooks from `first` on: hidden [N, D], the token before each [K', N] -> logits [K', N, card].
@@ -222,8 +180,8 @@ def undelay(x: Tensor, delays: list[int]) -> tuple[Tensor, Tensor]:
     length = x.shape[2]
     padded = F.pad(x, (0, 0, 0, max(delays)), value=math.nan)
     shifted = torch.stack([padded[:, k, shift : shift + length] for k, shift in enumerate(delays)], dim=1)
-    there = torch.arange(length, device=x.device) < length - torch.tensor(delays, device=x.device)[:, None]
-    return shifted, there.expand(len(x), -1, -1)
+    lasts = torch.arange(length, device=x.device) < length - torch.tensor(delays, device=x.device)[:, None]
+    return shifted, lasts.expand(len(x), -1, -1)
 
 # ------------------------------------------------------------------------------------------------------ Moshi
 
@@ -249,15 +207,14 @@ class Moshi(nn.Module):
             attention = Attention(dim, config.num_heads, config.num_heads // config.kv_repeat)
             feed_forward = nn.Sequential(
                 nn.Linear(dim, 2 * hidden, bias=False), SwiGLU(), nn.Linear(hidden, dim, bias=False))
-            layers.append(TransformerLayer(attention, feed_forward, RMSNorm, scales=False))
+            layers.append(TransformerLayer(attention, feed_forward, RMSNorm, nn.Identity))
         self.transformer = Transformer(layers, config.context, config.max_period)
         self.out_norm = RMSNorm(dim)
         self.text_linear = nn.Linear(dim, config.text_card, bias=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight = random_weight(*module.weight.shape)  # as large as the official ones
         self.depth_decoder = DepthDecoder(config)
-        for name, weight in self.named_parameters():  # of the official size: variance 1 / fan-in, or a third
-            if not name.endswith("alpha"):
-                depth_linear = name.startswith("depth_decoder") and "emb" not in name and "output" not in name
-                nn.init.trunc_normal_(weight, std=(weight.shape[-1] * (3 if depth_linear else 1)) ** -0.5)
 
     @property
     def initial(self) -> Tensor:
@@ -326,9 +283,16 @@ def sample(logits: Tensor, temp: float, top_k: int) -> Tensor:
 
 class MoshiGen:
     """Talks: a frame of the user's codes in, a frame of text and Moshi's codes out, for ever.
-    Its cache holds the tokens of the last steps in delayed time, position p in column p % columns: stream k
-    has frame p - 1 - delays[k] there. On CUDA a step is one captured graph, or eager with `cuda_graph=False`,
-    to step through. `greedy` takes the likeliest token. Random numbers are torch's global ones."""
+
+    Its cache is a strip of tokens in delayed time, a row for each stream. A step reads the column `now` and
+    fills in the one after it, then the strip moves one column to the left:
+
+        columns   0 ... now - 1 | now        | now + 1          | ... 2 * max_delay
+                  made before   | read       | made by the step | the user's codes, where delays put them
+
+    Stream k lies delays[k] columns late, so the frame that is whole after a step has its token of stream k in
+    column 1 + delays[k]. On CUDA a step is one captured graph, or eager with `cuda_graph=False`, to walk
+    through. `greedy` takes the likeliest token. Random numbers are torch's global ones."""
 
     def __init__(self, moshi: Moshi, batch_size: int = 1, temp: float = 0.8, temp_text: float = 0.7,
                  top_k: int = 250, top_k_text: int = 25, greedy: bool = False, cuda_graph: bool = True):
@@ -337,27 +301,23 @@ class MoshiGen:
         self.moshi, self.config = moshi, moshi.config
         self.temp, self.temp_text = (0.0, 0.0) if greedy else (temp, temp_text)
         self.top_k, self.top_k_text = top_k, top_k_text
-        self.own = 1 + self.config.dep_q  # streams that Moshi makes: text and its voice
-        self.max_delay = max(self.config.delays)
-        self.initial = moshi.initial[:, None]  # [1 + n_q, 1], as are the delays
-        device = self.initial.device
-        self.delays = torch.tensor(self.config.delays, device=device)[:, None]
+        streams, self.own = 1 + self.config.n_q, 1 + self.config.dep_q  # own: text and Moshi's voice
+        self.max_delay = self.now = max(self.config.delays)
+        self.initial = moshi.initial[:, None]  # [1 + n_q, 1], as are the delays and the streams' numbers
+        self.device = self.initial.device
+        self.delays = torch.tensor(self.config.delays, device=self.device)[:, None]
+        self.streams = torch.arange(streams, device=self.device)[:, None]
+        # All that a step keeps lies in tensors that stay where they are, so that a graph can replay it.
         self.state = init_state(moshi, batch_size)
-        # All that a step reads and writes lies in tensors that stay where they are, for the graph's sake.
-        self.offset = torch.zeros(1, dtype=torch.long, device=device)  # steps so far
-        columns = 2 * self.max_delay + 2  # the delays reach as far back (alignment) as ahead (user, prefill)
-        self.cache = torch.empty(batch_size, len(self.delays), columns, dtype=torch.long, device=device)
-        self.user = torch.empty(batch_size, len(self.delays) - self.own, 1, dtype=torch.long, device=device)
-        self.forced = torch.empty(batch_size, self.own, 1, dtype=torch.long, device=device)
-        self.cuda_graph = cuda_graph and device.type == "cuda"
-        self.graph = self.output = None
+        self.offset = torch.zeros(1, dtype=torch.long, device=self.device)  # steps so far
+        self.cache = self.initial.new_empty(batch_size, streams, 2 * self.max_delay + 2)
+        self.cuda_graph = cuda_graph
+        self._replay = captured(self._step, self.device, cuda_graph)
         self.reset()
 
     def reset(self) -> None:
         """Forgets the conversation."""
-        for memory in self.state.values():
-            for tensor in memory.values():
-                tensor.zero_()
+        reset_state(self.state)
         self.cache.fill_(UNGENERATED)
         self.offset.zero_()
         self.steps = 0
@@ -368,40 +328,29 @@ class MoshiGen:
         """The user's codes [B, n_q - dep_q, 1] -> tokens [B, 1 + dep_q, 1], text first, or None at the start.
         A frame is whole max(delays) steps after its first token. `text` [B] and `audio` [B, dep_q] force the
         tokens of this step (delayed time), -2: sample this one. Random numbers are drawn all the same."""
-        if user_codes.shape != self.user.shape:
-            raise ValueError(f"a step takes user codes {list(self.user.shape)}, not {list(user_codes.shape)}")
-        self.user.copy_(user_codes)
-        self.forced.fill_(UNGENERATED)
+        expected = [len(self.cache), 1 + self.config.n_q - self.own, 1]
+        if list(user_codes.shape) != expected:
+            raise ValueError(f"a step takes user codes {expected}, not {list(user_codes.shape)}")
+        forced = self.cache.new_full((len(self.cache), self.own), UNGENERATED)
         if text is not None:
-            self.forced[:, 0, 0] = text
+            forced[:, 0] = text
         if audio is not None:
-            self.forced[:, 1:, 0] = audio
-        if not self.cuda_graph or self.output is None:
-            self.output = self._step()
-        else:  # Dummy steps would spoil memory and random numbers: the first is eager, the second captured.
-            if self.graph is None:
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.device(self.user.device), torch.cuda.graph(self.graph):
-                    self.output = self._step()
-            self.graph.replay()
+            forced[:, 1:] = audio
+        tokens = self._replay(user_codes.to(self.device), forced)
         self.steps += 1
-        return self.output.clone() if self.steps > self.max_delay else None
+        return tokens if self.steps > self.max_delay else None
 
-    def _step(self) -> Tensor:
+    def _step(self, user_codes: Tensor, forced: Tensor) -> Tensor:
         """One step on static tensors: no value on the host is read or made, so a graph can replay it."""
-        columns, own = self.cache.shape[-1], self.own
-        # The user's frame lands where its delays put it.
-        where = (self.offset + self.delays[own:]) % columns
-        self.cache[:, own:].scatter_(2, where.expand_as(self.user), self.user)
-        tokens = self.cache.index_select(2, self.offset % columns)
-        tokens = torch.where(self.offset <= self.delays, self.initial, tokens)
+        now, own, cache = self.now, self.own, self.cache
+        cache[:, self.streams[own:], now + self.delays[own:]] = user_codes
+        tokens = torch.where(self.offset <= self.delays, self.initial, cache[:, :, now, None])
         hidden, text_logits = self.moshi.temporal(tokens, self.state)
-        self.offset += 1
-        now = self.offset % columns
-        cached = self.cache[:, :own].index_select(2, now)  # a prefill may have left tokens for this step
-        forced = torch.where(self.forced == UNGENERATED, cached, self.forced)[:, :, 0]
 
-        made, past = [], [[] for _ in self.moshi.depth_decoder.layers]
+        # A token is forced by the caller, or by a prefill that reaches beyond this step.
+        forced = torch.where(forced == UNGENERATED, cache[:, :own, now + 1], forced)
+        made: list[Tensor] = []
+        past: list[list[Tensor]] = [[] for _ in self.moshi.depth_decoder.layers]
         for k in range(own):  # the text, then the codebooks, each seeing the one before
             if k == 0:
                 token = sample(text_logits[:, 0], self.temp_text, self.top_k_text)
@@ -409,13 +358,12 @@ class MoshiGen:
                 logits = self.moshi.depth_decoder(hidden[:, 0], made[-1][None], k - 1, past)[0]
                 token = sample(logits, self.temp, self.top_k)
             made.append(torch.where(forced[:, k] == UNGENERATED, token, forced[:, k]))
-        self.cache[:, :own].index_copy_(2, now, torch.stack(made, dim=1)[..., None])
+        cache[:, :own, now + 1] = torch.stack(made, dim=1)
 
-        where = (self.offset - self.max_delay + self.delays[:own]) % columns
-        aligned = self.cache[:, :own].gather(2, where.expand(len(self.cache), -1, -1))
-        # The oldest column is read no more: emptied, or it would force tokens when the ring comes round.
-        self.cache.index_fill_(2, (now + self.max_delay + 1) % columns, UNGENERATED)
-        return aligned
+        frame = cache[:, self.streams[:own], 1 + self.delays[:own]]
+        cache[:, :, :-1] = cache[:, :, 1:].clone()
+        self.offset += 1
+        return frame
 
     @torch.no_grad()
     def prefill(self, codes: Tensor) -> Tensor | None:
@@ -432,29 +380,61 @@ class MoshiGen:
         self.moshi.temporal(delay(codes, shifts, initial), self.state)
         self.offset.fill_(frames)
         self.steps = frames
-        # What later steps find in the cache; the delayed streams reach beyond this step.
-        beyond = F.pad(codes, (0, max(shifts)), value=UNGENERATED)
-        tokens = delay(beyond, shifts, torch.full_like(initial, UNGENERATED))
-        positions = torch.arange(max(0, frames - self.max_delay), tokens.shape[-1], device=codes.device)
-        self.cache[:, :, positions % self.cache.shape[-1]] = tokens[:, :, positions]
+        # The strip around step F: delayed streams reach beyond it, and before the first frame nothing is known.
+        around = F.pad(codes, (self.max_delay, 1 + self.max_delay), value=UNGENERATED)
+        tokens = delay(around, shifts, torch.full_like(initial, UNGENERATED))
+        self.cache[:, :, :-1] = tokens[:, :, frames:]
         return self.step(codes[:, self.own :, -1:])
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 MOSHI_FILE, MIMI_FILE = "model.safetensors", "tokenizer-e351c8d8-checkpoint125.safetensors"
-TOKENIZER_FILE = "tokenizer_spm_32k_3.model"
+TOKENIZER_FILE, MIMI_CONFIG_FILE = "tokenizer_spm_32k_3.model", "mimi_config.json"
 
-MOSHI_NAMES = [  # as in mimi_min.MIMI_NAMES
-    (r"^audio_embs", "emb"),
-    (r"^depth_decoder\.input_proj", "depformer_in.{k}.weight"),
-    (r"^depth_decoder\.text_emb", "depformer_text_emb.weight"),
-    (r"^depth_decoder\.audio_emb", "depformer_emb.{k}.weight"),
-    (r"^depth_decoder\.output_proj", "linears.{k}.weight"),
-    (r"^depth_decoder\.(.*)\.(in|out)_proj$", r"depformer.\1.self_attn.\2_projs.{k}.weight"),
-    (r"^depth_decoder\.(.*)\.(linear_in|linear_out)$", r"depformer.\1.gating.{k}.\2.weight"),
-    (r"^depth_decoder", "depformer"), *TRANSFORMER_NAMES,
-    (r"\.feed_forward\.0", ".gating.linear_in"), (r"\.feed_forward\.2", ".gating.linear_out"),
-]
+class Checkpoint(NamedTuple):
+    """A whole checkpoint folder."""
+
+    moshi: Moshi
+    mimi: Mimi
+    tokenizer: SentencePieceProcessor | None  # None where the folder has none
+    config: dict  # what config.json says, `lm_gen_config` (sampling) and `stt_config` (silences) among it
+
+def load_checkpoint(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Checkpoint:
+    """Opens a folder in the official format, without `config.json` a Moshi 7B. `dtype` None is bfloat16, or
+    float32 for a narrow model. What is missing raises FileNotFoundError, what is wrong ValueError."""
+    folder, config, moshi_config, mimi_config = Path(folder), {}, MoshiConfig(), MimiConfig()
+    if (folder / "config.json").exists():
+        config = read_json(folder / "config.json")
+        moshi_config = MoshiConfig.from_dict(config)
+        check_settings(config)
+    if config.get("mimi_config_name"):
+        mimi_config = MimiConfig.from_dict(read_json(folder / config["mimi_config_name"]))
+    if moshi_config.card != mimi_config.bins:
+        raise ValueError(f"config: card {moshi_config.card}, but Mimi has {mimi_config.bins} tokens")
+    if dtype is None:
+        dtype = torch.float32 if moshi_config.dim <= 1024 else torch.bfloat16
+    codebooks = max(moshi_config.dep_q, moshi_config.n_q - moshi_config.dep_q)
+    mimi = load_mimi(folder / config.get("mimi_name", MIMI_FILE), mimi_config, codebooks, device)
+    moshi = load_moshi(folder / config.get("moshi_name", MOSHI_FILE), moshi_config, device, dtype)
+    tokenizer, path = None, folder / config.get("tokenizer_name", TOKENIZER_FILE)
+    if "tokenizer_name" in config or path.exists():
+        tokenizer = load_tokenizer(path)
+    return Checkpoint(moshi, mimi, tokenizer, config)
+
+def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> None:
+    """Writes a folder that `load_checkpoint` and the official package read. Sizes come from the models, and
+    `lm_gen_config` and what else `config.json` may say from `checkpoint.config`."""
+    folder, (moshi, mimi, tokenizer, config) = Path(folder), checkpoint
+    folder.mkdir(parents=True, exist_ok=True)
+    save_moshi(moshi, folder / MOSHI_FILE)
+    save_mimi(mimi, folder / MIMI_FILE)
+    names = {"moshi_name": MOSHI_FILE, "mimi_name": MIMI_FILE, "mimi_config_name": MIMI_CONFIG_FILE}
+    if tokenizer is not None:
+        names["tokenizer_name"] = TOKENIZER_FILE
+        (folder / TOKENIZER_FILE).write_bytes(tokenizer.serialized_model_proto())
+    (folder / MIMI_CONFIG_FILE).write_text(json.dumps(mimi.config.to_dict(), indent=1) + "\n")
+    whole = {**config, **moshi.config.to_dict(), **names}
+    (folder / "config.json").write_text(json.dumps(whole, indent=1) + "\n")
 
 def load_moshi(path: str | Path, config: MoshiConfig | None = None, device="cpu",
                dtype: torch.dtype | None = torch.bfloat16) -> Moshi:
@@ -468,27 +448,96 @@ def save_moshi(moshi: Moshi, path: str | Path) -> None:
     """Writes the official file, in the dtype that the model has."""
     save_weights(moshi, path, MOSHI_NAMES)
 
-class Checkpoint(NamedTuple):
-    """A whole checkpoint folder."""
+def load_tokenizer(path: Path) -> SentencePieceProcessor:
+    """The SentencePiece model in a file."""
+    open(path, "rb").close()  # its OSError says what is wrong
+    try:
+        return SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a SentencePiece model ({error})") from None
 
-    moshi: Moshi
-    mimi: Mimi
-    tokenizer: SentencePieceProcessor | None  # None where the folder has none
-    config: dict  # what config.json says, `lm_gen_config` (sampling) and `stt_config` (silences) among it
-
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The JSON object in a file."""
     try:
         return {**json.loads(path.read_text())}  # a TypeError if it isn't an object
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON object ({error})") from None
 
-def load_checkpoint(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Checkpoint:
-    """Opens a folder in the official format, without `config.json` a Moshi 7B. `dtype` None is bfloat16, or
-    float32 for a narrow model. What is missing raises FileNotFoundError, what is wrong ValueError."""
-    folder, config, moshi_config, mimi_config = Path(folder), {}, MoshiConfig(), MimiConfig()
-    if (folder / "config.json").exists():
-        config = _read_json(folder / "config.json")
-        moshi_config = MoshiConfig.from_dict(config)
+# As in mimi_min.MIMI_NAMES; '{k}' is the codebook, which has a tensor of its own in the file.
+MOSHI_NAMES = [
+    (r"^audio_embs", "emb"),  # emb.3.weight
+    (r"^depth_decoder\.input_proj", "depformer_in.{k}.weight"),
+    (r"^depth_decoder\.text_emb", "depformer_text_emb.weight"),
+    (r"^depth_decoder\.audio_emb", "depformer_emb.{k}.weight"),
+    (r"^depth_decoder\.output_proj", "linears.{k}.weight"),
+    (r"^depth_decoder", "depformer"),  # depformer.layers.0.norm1.alpha
+    (r"^(depformer.*)\.in_proj$", r"\1.self_attn.in_proj_weight"),  # all codebooks stacked in one tensor
+    (r"^(depformer.*)\.out_proj$", r"\1.self_attn.out_proj.weight"),
+    (r"^(depformer.*)\.(linear_in|linear_out)$", r"\1.gating.{k}.\2.weight"),
+    *TRANSFORMER_NAMES,
+    (r"\.feed_forward\.0", ".gating.linear_in"),  # transformer.layers.0.gating.linear_in.weight
+    (r"\.feed_forward\.2", ".gating.linear_out"),
+]
+
+# What config.json means where it leaves a key out.
+MOSHI_DEFAULTS = {
+    "dim": 128, "num_layers": None, "num_heads": 8, "kv_repeat": 1, "hidden_scale": 4, "context": None,
+    "max_period": 10000, "n_q": 8, "dep_q": 8, "card": 1024, "text_card": 32000, "delays": [0],
+    "existing_text_padding_id": 3, "existing_text_end_padding_id": 0, "depformer_dim": 256,
+    "depformer_num_heads": None, "depformer_dim_feedforward": 0, "norm": "layer_norm", "gating": "none",
+    "positional_embedding": "sin", "depformer_pos_emb": "sin", "depformer_multi_linear": False,
+    "depformer_weights_per_step": False}
+# What is the same in every Moshi, and cannot be anything else here.
+MOSHI_FIXED = {
+    "causal": True, "norm": "rms_norm_f32", "gating": "silu", "layer_scale": None, "norm_emb": False,
+    "positional_embedding": "rope", "depformer_gating": "silu", "depformer_norm": None, "bias_proj": False,
+    "depformer_layer_scale": None, "depformer_pos_emb": "none", "depformer_multi_linear": True,
+    "depformer_weights_per_step": True, "depformer_weights_per_step_schedule": None, "text_card_out": None,
+    "depformer_low_rank_embeddings": None, "cross_attention": False, "demux_second_text_stream": False,
+    "demux_second_stream": False, "extra_heads_num_heads": 0, "conditioners": {}, "lora": False,
+    "quantize": False, "model_type": "moshi"}
+# What says nothing about the model.
+MOSHI_IGNORED = {
+    "extra_heads_dim", "fuser", "lora_name", "lora_rank", "lora_scaling", "gradient_checkpointing", "model_id",
+    "depformer_causal", "depformer_context", "depformer_max_period", "moshi_name", "mimi_name",
+    "mimi_config_name", "tokenizer_name", "lm_gen_config", "stt_config", "tts_config"}
+
+def read_moshi(official: dict) -> MoshiConfig:
+    """A config from the official JSON."""
+    # The depth decoder inherits these where it has no key of its own.
+    inherited = {f"depformer_{key}": official.get(key, MOSHI_DEFAULTS.get(key, MOSHI_FIXED.get(key)))
+                 for key in ("num_layers", "kv_repeat", "gating", "layer_scale")}
+    given = {**MOSHI_DEFAULTS, **inherited, **official}
+    if given["depformer_dim_feedforward"] == 0:
+        given["depformer_dim_feedforward"] = int(given["hidden_scale"] * given["depformer_dim"])
+    sizes = {field.name: given[field.name] for field in dataclasses.fields(MoshiConfig)}
+    config = MoshiConfig(**sizes)
+    check_official(
+        {key: value for key, value in given.items() if key not in MOSHI_IGNORED}, {**MOSHI_FIXED, **sizes}, "config")
+    return config
+
+def write_moshi(config: MoshiConfig) -> dict:
+    """The official JSON of a config: its sizes, and what a missing key would say otherwise."""
+    sizes = {**dataclasses.asdict(config), "delays": list(config.delays), "model_type": "moshi"}
+    said = (key for key in MOSHI_FIXED if key in MOSHI_DEFAULTS)
+    return {**sizes, **{key: MOSHI_FIXED[key] for key in said}}
+
+def check_moshi_fits(config: MoshiConfig) -> None:
+    """ValueError where sizes of a Moshi contradict each other."""
+    if len(config.delays) != config.n_q + 1 or config.dep_q > config.n_q:
+        raise ValueError(
+            f"config: n_q {config.n_q}, dep_q {config.dep_q}, delays {config.delays} do not fit each other")
+    for part, pair in (("", 2), ("depformer_", 1)):  # rotary embedding turns pairs
+        dim, heads, repeat = (getattr(config, part + name) for name in ("dim", "num_heads", "kv_repeat"))
+        if dim % (pair * heads) or heads % repeat:
+            raise ValueError(f"config: {part}dim {dim} does not fit {heads} heads, kv_repeat {repeat}")
+    if min(int(config.hidden_scale * config.dim), config.depformer_dim_feedforward) < 2:
+        raise ValueError("config: hidden_scale or depformer_dim_feedforward leaves no hidden unit")
+    if max(config.existing_text_padding_id, config.existing_text_end_padding_id) >= config.text_card:
+        raise ValueError("config: the padding tokens must be below text_card")
+
+def check_settings(config: dict) -> None:
+    """ValueError unless names of files are text, and `lm_gen_config` says what it may."""
     for key in ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name"):
         if not isinstance(config.get(key, ""), str):
             raise ValueError(f"config: {key} must be the name of a file, not {config[key]!r}")
@@ -497,19 +546,3 @@ def load_checkpoint(folder: str | Path, device="cpu", dtype: torch.dtype | None 
         raise ValueError(f"config: lm_gen_config cannot be {sampling!r}")
     if unknown := sampling.keys() - {"temp", "temp_text", "top_k", "top_k_text", "use_sampling"}:
         raise ValueError(f"config: lm_gen_config has the unknown key {min(unknown)!r}")
-    if config.get("mimi_config_name"):
-        mimi_config = MimiConfig.from_dict(_read_json(folder / config["mimi_config_name"]))
-    if moshi_config.card != mimi_config.codebook_size:
-        raise ValueError(f"config: card {moshi_config.card}, but Mimi has {mimi_config.codebook_size} tokens")
-    dtype = dtype or (torch.float32 if moshi_config.dim <= 1024 else torch.bfloat16)
-    codebooks = max(moshi_config.dep_q, moshi_config.n_q - moshi_config.dep_q)
-    mimi = load_mimi(folder / config.get("mimi_name", MIMI_FILE), mimi_config, codebooks, device)
-    moshi = load_moshi(folder / config.get("moshi_name", MOSHI_FILE), moshi_config, device, dtype)
-    tokenizer, tokenizer_path = None, folder / config.get("tokenizer_name", TOKENIZER_FILE)
-    if "tokenizer_name" in config or tokenizer_path.exists():
-        open(tokenizer_path, "rb").close()  # its OSError says why not
-        try:
-            tokenizer = SentencePieceProcessor(model_file=str(tokenizer_path))
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"{tokenizer_path}: not a SentencePiece model ({error})") from None
-    return Checkpoint(moshi, mimi, tokenizer, config)

@@ -57,13 +57,13 @@ def lesson_3(my):
     assert my.receptive_field([(7, 1)]) == 7 and my.receptive_field([(3, 1), (3, 1)]) == 5
     mimi = Mimi(
         MimiConfig(
-            filters=2,
-            latent_dim=16,
+            n_filters=2,
+            dimension=16,
             num_layers=1,
             num_heads=2,
-            feedforward_dim=16,
-            codebook_size=8,
-            codebook_dim=4,
+            dim_feedforward=16,
+            bins=8,
+            quantizer_dimension=4,
         )
     )
     convs = [part for part in mimi.encoder.modules() if isinstance(part, CausalConv1d)]
@@ -78,7 +78,7 @@ def lesson_3(my):
 
 
 def lesson_4(my):
-    quantizer = ResidualQuantizer(MimiConfig(codebook_size=16, codebook_dim=6, latent_dim=16), 4)
+    quantizer = ResidualQuantizer(MimiConfig(bins=16, quantizer_dimension=6, dimension=16), 4)
     z = torch.randn(1, 16, 11)
     x = quantizer.input_proj(z)[0].T
     codes = my.residual_quantize(x.detach(), [codebook.centroids for codebook in quantizer.codebooks])

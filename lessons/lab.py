@@ -10,8 +10,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from generate import read_wav  # noqa: E402
-from mimi_min import init_state  # noqa: E402
+from generate import converse, read_wav  # noqa: E402
 from moshi_min import Checkpoint, MoshiGen, load_checkpoint  # noqa: E402
 
 FRAME, RATE = 1920, 24000  # samples in a frame, samples a second
@@ -30,7 +29,6 @@ def recording(name: str, extra_seconds: float = 4) -> Tensor:
     return F.pad(sound, (0, extra))[None, None]
 
 
-@torch.no_grad()
 def talk(
     checkpoint: Checkpoint,
     sound: Tensor,
@@ -45,15 +43,10 @@ def talk(
     """
     torch.manual_seed(seed or 0)
     gen = MoshiGen(checkpoint.moshi, greedy=seed is None, **checkpoint.config["lm_gen_config"])
-    state, tokens, waves = init_state(checkpoint.mimi, 1), [], []
-    for f, frame in enumerate(sound.split(FRAME, dim=-1)):
-        codes = change(checkpoint.mimi.encode(frame, state))
-        if f == 0:
-            gen.step(codes)  # the first frame twice: the first step reads the initial tokens instead
-        forced = torch.tensor([text[f]]) if text is not None and f < len(text) else None
-        tokens.append(gen.step(codes, forced))
-        waves.append(checkpoint.mimi.decode(tokens[-1][:, 1:], state)[0, 0])
-    return torch.cat(tokens, dim=-1)[0], torch.cat(waves)
+    texts = [torch.tensor([token]) for token in text or []]
+    conversation = converse(checkpoint.mimi, gen, sound.split(FRAME, dim=-1), change, texts)
+    _, tokens, waves = zip(*conversation)
+    return torch.cat(tokens, dim=-1)[0], torch.cat(waves, dim=-1)[0, 0]
 
 
 def words(checkpoint: Checkpoint, text: Tensor) -> str:

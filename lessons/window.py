@@ -20,13 +20,13 @@ def draw(path: Path = HERE / "window.svg") -> None:
     inputs = delay(codes, [1 + shift for shift in moshi.config.delays], moshi.initial)
     x = sum(embed(table.weight, inputs[:, 1 + k]) for k, table in enumerate(moshi.audio_embs))
     x = x + embed(moshi.text_emb.weight, inputs[:, 0])
-    layer, window = moshi.transformer.layers[0], moshi.transformer.window(x, None)
+    layer, placement = moshi.transformer.layers[0], moshi.transformer.place(x, None)
     attention = layer.attention
     heads = attention.in_proj(layer.norm1(x)).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-    q, k = (rope(part, window.turns) for part in heads.chunk(3, dim=1)[:2])
-    weights = torch.softmax(q @ k.transpose(2, 3) * attention.head_dim**-0.5 + window.mask, dim=-1)[0]
+    q, k = (rope(part, placement.turns) for part in heads.chunk(3, dim=1)[:2])
+    weights = torch.softmax(q @ k.transpose(2, 3) * attention.head_dim**-0.5 + placement.mask, dim=-1)[0]
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.9))
-    axes[0].imshow((window.mask == 0).numpy(), cmap="Greys", vmax=2, interpolation="nearest")
+    axes[0].imshow((placement.mask == 0).numpy(), cmap="Greys", vmax=2, interpolation="nearest")
     axes[0].set(title="the mask: the last 125 frames, 10 s", ylabel="frame that looks")
     for panel, head in zip(axes[1:], (0, 3)):
         panel.imshow(

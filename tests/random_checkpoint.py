@@ -5,6 +5,7 @@ out and no part can be left away unnoticed. The official package opens the same 
 """
 
 import argparse
+import dataclasses
 import io
 import json
 import math
@@ -17,14 +18,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mimi_min import Mimi, MimiConfig, official_names, save_mimi  # noqa: E402
-from moshi_min import (
+from moshi_min import (  # noqa: E402
     MIMI_FILE,
     MOSHI_FILE,
     MOSHI_NAMES,
-    TOKENIZER_FILE,
+    Checkpoint,
     Moshi,
-    MoshiConfig,  # noqa: E402
-    save_moshi,
+    MoshiConfig,
+    save_checkpoint,
 )
 
 SENTENCES = """Hello, what can I do for you today? I am listening while I speak, and I speak while I am listening.
@@ -32,79 +33,29 @@ The codec turns sound into a few small numbers, twelve and a half times a second
 One transformer runs over time, a smaller one over the codebooks of a frame. A word comes just before its sound.
 Nothing here was ever trained, so please do not expect an answer that makes sense. It is only a random model."""
 
-# The official Mimi configuration, sizes small; the rates are the released ones.
-MIMI = {
-    "sample_rate": 24000,
-    "channels": 1,
-    "frame_rate": 12.5,
-    "seanet": {
-        "channels": 1,
-        "dimension": 64,
-        "causal": True,
-        "n_filters": 8,
-        "n_residual_layers": 1,
-        "activation": "ELU",
-        "compress": 2,
-        "dilation_base": 2,
-        "disable_norm_outer_blocks": 0,
-        "kernel_size": 7,
-        "residual_kernel_size": 3,
-        "last_kernel_size": 3,
-        "norm": "none",
-        "pad_mode": "constant",
-        "ratios": [8, 6, 5, 4],
-        "true_skip": True,
-    },
-    "quantizer": {"dimension": 16, "n_q": 10, "bins": 64, "input_dimension": 64, "output_dimension": 64},
-    "transformer": {
-        "d_model": 64,
-        "num_heads": 4,
-        "num_layers": 2,
-        "causal": True,
-        "layer_scale": 0.01,
-        "context": 250,
-        "conv_layout": True,
-        "max_period": 10000,
-        "gating": "none",
-        "norm": "layer_norm",
-        "positional_embedding": "rope",
-        "dim_feedforward": 128,
-        "input_dimension": 64,
-        "output_dimensions": [64],
-    },
-}
-
-# The official configuration of the language model, sizes small; streams and delays are the released ones.
-MOSHI = {
-    "dim": 64,
-    "text_card": 320,
-    "existing_text_padding_id": 3,
-    "n_q": 16,
-    "dep_q": 8,
-    "card": 64,
-    "num_heads": 4,
-    "num_layers": 3,
-    "hidden_scale": 4.125,
-    "causal": True,
-    "layer_scale": None,
-    "context": 100,
-    "max_period": 10000,
-    "gating": "silu",
-    "norm": "rms_norm_f32",
-    "positional_embedding": "rope",
-    "depformer_dim": 32,
-    "depformer_dim_feedforward": 132,
-    "depformer_num_heads": 4,
-    "depformer_num_layers": 2,
-    "depformer_layer_scale": None,
-    "depformer_multi_linear": True,
-    "depformer_context": 8,
-    "depformer_max_period": 10000,
-    "depformer_gating": "silu",
-    "depformer_pos_emb": "none",
-    "depformer_weights_per_step": True,
-    "delays": [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1],
-}
+# Sizes are small; rates, streams and delays are the released ones.
+MIMI = MimiConfig(
+    n_filters=8,
+    dimension=64,
+    num_layers=2,
+    num_heads=4,
+    dim_feedforward=128,
+    n_q=10,
+    bins=64,
+    quantizer_dimension=16,
+)
+MOSHI = MoshiConfig(
+    dim=64,
+    num_layers=3,
+    num_heads=4,
+    context=100,
+    card=64,
+    text_card=320,
+    depformer_dim=32,
+    depformer_num_layers=2,
+    depformer_num_heads=4,
+    depformer_dim_feedforward=132,
+)
 
 
 @torch.no_grad()
@@ -155,7 +106,7 @@ def random_moshi(config: MoshiConfig) -> Moshi:
     return moshi
 
 
-def make_tokenizer(path: Path, size: int) -> None:
+def make_tokenizer(size: int) -> sentencepiece.SentencePieceProcessor:
     """A SentencePiece model of `size` pieces, single bytes among them: unk 0, bos 1, eos 2, pad 3 as released."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -170,39 +121,24 @@ def make_tokenizer(path: Path, size: int) -> None:
         pad_id=3,
         minloglevel=2,
     )
-    path.write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
 def make_random_checkpoint(
-    folder,
-    released_mimi: bool = False,
-    seed: int = 0,
-    lm_gen_config: dict | None = None,
-    stt_config: dict | None = None,
-    tokenizer: bool = True,
-    **changes,
+    folder, released_mimi: bool = False, seed: int = 0, settings: dict | None = None, tokenizer=True, **sizes
 ) -> Path:
-    """Writes the folder. `changes` are official keys of the language model; `released_mimi` takes Mimi's full size."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {**MOSHI, **changes}
-    mimi_config = MimiConfig() if released_mimi else MimiConfig.from_dict(MIMI)
-    config["card"] = mimi_config.codebook_size
+    """Writes the folder. `sizes` are fields of MoshiConfig, `settings` more of config.json (`lm_gen_config`, ...).
+
+    `released_mimi` takes Mimi's full size.
+    """
+    mimi_config = MimiConfig() if released_mimi else MIMI
+    config = dataclasses.replace(MOSHI, card=mimi_config.bins, **sizes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        save_mimi(random_mimi(mimi_config), folder / MIMI_FILE)
-        save_moshi(random_moshi(MoshiConfig.from_dict(config)), folder / MOSHI_FILE)
-    if not released_mimi:
-        (folder / "mimi_config.json").write_text(json.dumps(MIMI, indent=1))
-        config["mimi_config_name"] = "mimi_config.json"
-    if tokenizer:
-        make_tokenizer(folder / TOKENIZER_FILE, config["text_card"])
-    config["model_type"] = "moshi"
-    for key, value in (("lm_gen_config", lm_gen_config), ("stt_config", stt_config)):
-        if value is not None:
-            config[key] = value
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    return folder
+        mimi, moshi = random_mimi(mimi_config), random_moshi(config)
+    words = make_tokenizer(config.text_card) if tokenizer else None
+    save_checkpoint(folder, Checkpoint(moshi, mimi, words, settings or {}))
+    return Path(folder)
 
 
 def make_full_checkpoint(folder) -> Path:
@@ -212,10 +148,15 @@ def make_full_checkpoint(folder) -> Path:
     save_mimi(random_mimi(MimiConfig()), folder / MIMI_FILE)
     with torch.device("meta"):
         moshi = Moshi(MoshiConfig())
-    shapes = {}
+    shapes = {}  # of every tensor in the file: names and layout of the released one
     for ours, name in official_names(moshi, MOSHI_NAMES).items():
         shape = list(moshi.state_dict()[ours].shape)
-        shapes |= {name.format(k=k): shape[1:] for k in range(shape[0])} if "{k}" in name else {name: shape}
+        if "{k}" in name:
+            shapes |= {name.format(k=k): shape[1:] for k in range(shape[0])}
+        elif len(shape) == 3 and "_proj" in name:
+            shapes[name] = [shape[0] * shape[1], shape[2]]  # all codebooks of the depth decoder
+        else:
+            shapes[name] = shape
     header, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + 2 * math.prod(shape)

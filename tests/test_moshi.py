@@ -121,7 +121,7 @@ def test_attention(pair, place, name):
     """Attention with as many key heads as query heads, a third and half; more positions than the window."""
     ours, official = pair(name, *place)
     x = torch.randn(2, 40, LM[name]["dim"]).to(*place)
-    mine = ours.transformer.layers[1].attention(x, ours.transformer.window(x, None))
+    mine = ours.transformer.layers[1].attention(x, ours.transformer.place(x, None))
     close(
         mine, official.transformer.layers[1].self_attn(x, x, x), 2e-6 if place[1] == torch.float32 else 0.02
     )

@@ -17,7 +17,6 @@ Every tensor keeps its dtype. They go through one by one, so that memory holds t
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import re
@@ -33,10 +32,9 @@ from safetensors import SafetensorError, safe_open
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mimi_min  # noqa: E402
 import moshi_min  # noqa: E402
-from mimi_min import Mimi, MimiConfig, official_names, read_keys  # noqa: E402
-from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, Moshi, MoshiConfig, gated_width  # noqa: E402
+from mimi_min import Mimi, MimiConfig, newer_name, official_names  # noqa: E402
+from moshi_min import MIMI_CONFIG_FILE, MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, Moshi, MoshiConfig, gated_width  # noqa: E402
 
-MIMI_CONFIG_FILE = "mimi.json"
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what weights may be, and the bytes of a number
 
 # -------------------------------------------------------------------------------------------------------- tables
@@ -81,22 +79,22 @@ MIMI_NAMES = [
 # Hugging Face's config keys -> (field of our config, or the list of the values that can be converted; the default).
 MIMI_KEYS = {
     "sampling_rate": ("sample_rate", 24000),
-    "num_filters": ("filters", 64),
+    "num_filters": ("n_filters", 64),
     "upsampling_ratios": ("ratios", [8, 6, 5, 4]),
     "kernel_size": ("kernel_size", 7),
     "residual_kernel_size": ("residual_kernel_size", 3),
     "last_kernel_size": ("last_kernel_size", 3),
-    "hidden_size": ("latent_dim", 512),
-    "upsample_groups": ("latent_dim", 512),
+    "hidden_size": ("dimension", 512),
+    "upsample_groups": ("dimension", 512),
     "num_hidden_layers": ("num_layers", 8),
     "num_attention_heads": ("num_heads", 8),
     "num_key_value_heads": ("num_heads", 8),
-    "intermediate_size": ("feedforward_dim", 2048),
+    "intermediate_size": ("dim_feedforward", 2048),
     "sliding_window": ("context", 250),
-    "num_quantizers": ("total_codebooks", 32),
-    "codebook_size": ("codebook_size", 2048),
-    "codebook_dim": ("codebook_dim", 256),
-    "vector_quantization_hidden_dimension": ("codebook_dim", 256),
+    "num_quantizers": ("n_q", 32),
+    "codebook_size": ("bins", 2048),
+    "codebook_dim": ("quantizer_dimension", 256),
+    "vector_quantization_hidden_dimension": ("quantizer_dimension", 256),
     "num_semantic_quantizers": ([1], 1),
     "audio_channels": ([1], 1),
     "num_residual_layers": ([1], 1),
@@ -139,9 +137,23 @@ def is_size(value) -> bool:
     return type(value) is int and value > 0
 
 
+def read_fields(given: dict, table: dict, what: str) -> dict:
+    """Fields of our config: a table's row is (field, default) or (list of the values that can be converted, default)."""
+    fields: dict = {}
+    for key, (use, default) in table.items():
+        value = default if given.get(key) is None else given[key]
+        if isinstance(use, list):
+            expected = value if value in use else use[0]
+        else:
+            expected = fields.setdefault(use, value)  # keys of one field must agree
+        if value != expected:
+            raise ValueError(f"{what}: {key} is {value!r}, but only {expected!r} is possible here")
+    return fields
+
+
 def read_config(given: dict, table: dict, what: str, heads_field: str) -> tuple[dict, float]:
     """Fields of our config, and the rotary period, from a Hugging Face config; ValueError where that can't be."""
-    fields = read_keys({key: given[key] for key in table if given.get(key) is not None}, table, what)
+    fields = read_fields(given, table, what)
     if bad := [name for name, value in fields.items() if name != "ratios" and not is_size(value)]:
         raise ValueError(f"{what}: {bad[0]} cannot be {fields[bad[0]]!r}, it must be a positive whole number")
     width = next(fields[field] for key, (field, _) in table.items() if key == "hidden_size")
@@ -165,8 +177,8 @@ def read_transformer(given: dict, heads: int, dim: int, default: int, what: str)
     raise ValueError(f"{what}: no official model of width {dim} has an ffn_dim of {ffn!r}")
 
 
-def mimi_config(given: dict, what: str) -> tuple[MimiConfig, dict]:
-    """Ours, and the official JSON of the same Mimi."""
+def mimi_config(given: dict, what: str) -> MimiConfig:
+    """The same Mimi in our words."""
     fields, max_period = read_config(given, MIMI_KEYS, what, "num_heads")
     ratios = fields["ratios"]
     if not isinstance(ratios, list) or not all(map(is_size, ratios)):
@@ -174,57 +186,11 @@ def mimi_config(given: dict, what: str) -> tuple[MimiConfig, dict]:
     frame_rate = (
         given.get("frame_rate") or given.get("_frame_rate") or fields["sample_rate"] / (2 * math.prod(ratios))
     )
-    c = MimiConfig(**fields, frame_rate=frame_rate, max_period=max_period)
-    return c, {
-        "sample_rate": c.sample_rate,
-        "channels": 1,
-        "frame_rate": c.frame_rate,
-        "seanet": {
-            "channels": 1,
-            "dimension": c.latent_dim,
-            "causal": True,
-            "n_filters": c.filters,
-            "n_residual_layers": 1,
-            "activation": "ELU",
-            "compress": 2,
-            "dilation_base": 2,
-            "disable_norm_outer_blocks": 0,
-            "kernel_size": c.kernel_size,
-            "residual_kernel_size": c.residual_kernel_size,
-            "last_kernel_size": c.last_kernel_size,
-            "norm": "none",
-            "pad_mode": "constant",
-            "ratios": list(c.ratios),
-            "true_skip": True,
-        },
-        "quantizer": {
-            "dimension": c.codebook_dim,
-            "n_q": c.total_codebooks,
-            "bins": c.codebook_size,
-            "input_dimension": c.latent_dim,
-            "output_dimension": c.latent_dim,
-        },
-        "transformer": {
-            "d_model": c.latent_dim,
-            "num_heads": c.num_heads,
-            "num_layers": c.num_layers,
-            "causal": True,
-            "layer_scale": 0.01,
-            "context": c.context,
-            "conv_layout": True,
-            "max_period": c.max_period,
-            "gating": "none",
-            "norm": "layer_norm",
-            "positional_embedding": "rope",
-            "dim_feedforward": c.feedforward_dim,
-            "input_dimension": c.latent_dim,
-            "output_dimensions": [c.latent_dim],
-        },
-    }
+    return MimiConfig(**fields, frame_rate=frame_rate, max_period=max_period)
 
 
-def moshi_config(given: dict, depth: dict, what: str) -> tuple[MoshiConfig, dict]:
-    """Ours, and the official config.json of the same language model; `depth` is the depth decoder's part."""
+def moshi_config(given: dict, depth: dict, what: str) -> MoshiConfig:
+    """The same language model in our words; `depth` is the depth decoder's part."""
     fields, max_period = read_config(given, MOSHI_KEYS, what, "num_heads")
     depth_fields, _ = read_config(depth, DEPTH_KEYS, f"{what}, depth_decoder_config", "depformer_num_heads")
     fields.update(depth_fields)
@@ -234,7 +200,7 @@ def moshi_config(given: dict, depth: dict, what: str) -> tuple[MoshiConfig, dict
         depth, fields["depformer_num_heads"], width, 5632, f"{what}, depth_decoder_config"
     )
     scale = feedforward / dim  # the official model takes int(scale * dim)
-    c = MoshiConfig(
+    return MoshiConfig(
         **fields,
         n_q=2 * K,
         delays=(0, *2 * (0, *(K - 1) * (1,))),
@@ -244,25 +210,6 @@ def moshi_config(given: dict, depth: dict, what: str) -> tuple[MoshiConfig, dict
         depformer_kv_repeat=depth_repeat,
         depformer_dim_feedforward=depth_feedforward,
     )
-    return c, {
-        **dataclasses.asdict(c),
-        "delays": list(c.delays),
-        "causal": True,
-        "gating": "silu",
-        "norm": "rms_norm_f32",
-        "layer_scale": None,
-        "positional_embedding": "rope",
-        "depformer_context": K,
-        "depformer_gating": "silu",
-        "depformer_layer_scale": None,
-        "depformer_multi_linear": True,
-        "depformer_pos_emb": "none",
-        "depformer_weights_per_step": True,
-        "model_type": "moshi",
-        "moshi_name": MOSHI_FILE,
-        "mimi_name": MIMI_FILE,
-        "mimi_config_name": MIMI_CONFIG_FILE,
-    }
 
 
 # ------------------------------------------------------------------------------------------------------- weights
@@ -290,7 +237,10 @@ def table(model: Mimi | Moshi, official_rules: list, rules: list, prefix: str) -
     heads of which kind an attention has; `official_rules` make its names official, `rules` those Hugging Face's."""
     entries, official = [], official_names(model, official_rules)
     for ours, empty in model.state_dict().items():
-        name = theirs = official[ours]
+        name = newer_name(official[ours])
+        if empty.dim() == 2:
+            name = name.format(k=0)
+        theirs = name
         for pattern, replacement in rules:
             theirs = re.sub(pattern, replacement, theirs)
         each, shape = "{k}" in name, list(empty.shape)
@@ -424,20 +374,24 @@ def convert(folder: Path, out: Path) -> str:
     codec, depth = (given.get(key) or {} for key in ("audio_encoder_config", "depth_decoder_config"))
     if not isinstance(codec, dict) or not isinstance(depth, dict):
         raise ValueError(f"{path}: audio_encoder_config and depth_decoder_config must be JSON objects")
-    ours, official = mimi_config(given if kind == "mimi" else codec, str(path))
+    ours = mimi_config(given if kind == "mimi" else codec, str(path))
     with torch.device("meta"):
         mimi = Mimi(ours)
     files = {
         MIMI_FILE: table(mimi, mimi_min.MIMI_NAMES, MIMI_NAMES, "audio_encoder." if kind == "moshi" else "")
     }
-    jsons = {MIMI_CONFIG_FILE: official}
+    jsons = {MIMI_CONFIG_FILE: ours.to_dict()}
     if kind == "moshi":
-        card = given.get("audio_vocab_size") or ours.codebook_size
-        if card != ours.codebook_size:
-            raise ValueError(
-                f"{path}: audio_vocab_size {card!r} is not Mimi's codebook_size {ours.codebook_size}"
-            )
-        config, jsons["config.json"] = moshi_config({**given, "audio_vocab_size": card}, depth, str(path))
+        card = given.get("audio_vocab_size") or ours.bins
+        if card != ours.bins:
+            raise ValueError(f"{path}: audio_vocab_size {card!r} is not Mimi's codebook_size {ours.bins}")
+        config = moshi_config({**given, "audio_vocab_size": card}, depth, str(path))
+        jsons["config.json"] = {
+            **config.to_dict(),
+            "moshi_name": MOSHI_FILE,
+            "mimi_name": MIMI_FILE,
+            "mimi_config_name": MIMI_CONFIG_FILE,
+        }
         with torch.device("meta"):
             moshi = Moshi(config)
         files[MOSHI_FILE] = table(moshi, moshi_min.MOSHI_NAMES, MOSHI_NAMES, "")
