@@ -25,14 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimi_min import Mimi, captured, init_state, whole_file
-from moshi_min import (MIMI_FILE, MOSHI_FILE, NO_INPUT, TOKENIZER_FILE, Checkpoint, MoshiConfig, MoshiGen,
-                       load_checkpoint)
+from moshi_min import MIMI_FILE, MOSHI_FILE, NO_INPUT, TOKENIZER_FILE, Checkpoint, MoshiGen, load_checkpoint
 
 @torch.no_grad()
 def converse(mimi: Mimi, gen: MoshiGen, frames: Iterable[Tensor], change: Callable = lambda codes: codes,
              texts: Iterable[Tensor] = ()) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """The duplex loop: listens and speaks, a frame at a time.
-    `frames`: the user's sound, [B, 1, frame_size] each. For each one it yields the user's codes
+    For each of the `frames`, the user's sound [B, 1, frame_size], it yields the user's codes
     [B, n_q - dep_q, 1], Moshi's tokens [B, 1 + dep_q, 1] (text first) and Moshi's sound [B, 1, frame_size],
     the last two None while the delays fill. `change(codes)` is heard in place of the user's codes. `texts`:
     text tokens [B] that Moshi has to say, one for each frame, -2 where it is free."""
@@ -40,12 +39,11 @@ def converse(mimi: Mimi, gen: MoshiGen, frames: Iterable[Tensor], change: Callab
     encode = captured(lambda sound: mimi.encode(sound, state), gen.device, gen.cuda_graph)
     decode = captured(lambda codes: mimi.decode(codes, state), gen.device, gen.cuda_graph)
     for number, frame in enumerate(frames):
-        codes = encode(frame.to(gen.device))
-        heard = change(codes[:, : gen.config.n_q - gen.config.dep_q])
+        heard = change(encode(frame.to(gen.device))[:, : gen.config.n_q - gen.config.dep_q])
         if number == 0:
             # The first step reads the initial tokens, whatever it is given. So the first frame goes in twice,
-            # as in the official run_inference, or its 80 ms would be lost. A frame of Moshi is whole by then
-            # only if no stream is delayed; it was made before anything was heard.
+            # as in the official run_inference, or its 80 ms would be lost. If no stream is delayed, Moshi's
+            # first frame is whole by then, before it has heard anything.
             said = gen.step(heard)
             if said is not None:
                 yield None, said, decode(said[:, 1:])
@@ -53,12 +51,14 @@ def converse(mimi: Mimi, gen: MoshiGen, frames: Iterable[Tensor], change: Callab
         yield heard, said, None if said is None else decode(said[:, 1:])
 
 # ------------------------------------------------------------------------------------------------ the program
-
 TINY = Path(__file__).resolve().parent / "tiny"
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 class Problem(Exception):
     """Something that the user can put right: one line that says what and how."""
+
+def fail(message: str):
+    """What argparse should do, too."""
+    raise Problem(message)
 
 def run(args: argparse.Namespace) -> int:
     """Loads, talks, saves; returns the exit code."""
@@ -66,94 +66,77 @@ def run(args: argparse.Namespace) -> int:
     recording = None if args.question == "-" else read_wav(Path(args.question))
     moshi, mimi, tokenizer, config = open_checkpoint(args)
     settle(args, config)
-    frames, total = user_frames(args, recording, mimi)
+    size, rate = mimi.frame_size, mimi.sample_rate
+    lead, extra = (math.ceil(seconds * rate / size) for seconds in (args.lead_seconds, args.extra_seconds))
+    silence, frames, total = torch.zeros(size), pipe_frames(size), None
+    if recording:
+        sound = resample(*recording, rate)
+        frames = F.pad(sound, (0, -len(sound) % size)).split(size)
+        total = lead + len(frames) + extra
+    frames = itertools.chain(itertools.repeat(silence, lead), frames, itertools.repeat(silence, extra))
+
     torch.manual_seed(args.seed)
     gen = MoshiGen(moshi, 1, args.temp, args.temp_text, args.top_k, args.top_k_text, args.greedy)
-
     raw = args.output == "-"
-    words = sys.stderr if raw else sys.stdout
-    screen = Screen(tokenizer, moshi.config, words, mimi.frame_size / mimi.sample_rate, total)
+    screen = Screen(tokenizer, moshi.config, sys.stderr if raw else sys.stdout, size / rate, total)
     with contextlib.nullcontext(sys.stdout.buffer) if raw else whole_file(args.output) as file:
-        writer = SoundWriter(file, args.stereo, mimi.sample_rate, raw)
-        heard, said, interrupted = talk(mimi, gen, frames, screen, writer)
+        writer = SoundWriter(file, args.stereo, rate, raw)
+        codes, interrupted = talk(mimi, gen, frames, screen, writer)
         screen.end()
-        if not heard and interrupted:
-            raise KeyboardInterrupt
-        if not heard:
-            raise Problem("no sound on standard input; check the pipe")
+        if not screen.frames:
+            raise KeyboardInterrupt if interrupted else Problem("no sound on standard input; check the pipe")
         writer.finish()
         if args.tokens:
-            codes = align(heard, said, moshi.config)
             with whole_file(args.tokens) as table:
                 np.savez(table, codes=codes, delays=moshi.config.delays, frame_rate=mimi.frame_rate)
-    place = "standard output" if raw else args.output
-    milliseconds = 1000 * screen.busy / screen.frames
+    milliseconds, place = 1000 * screen.busy / screen.frames, "standard output" if raw else args.output
     show(f"{screen.frames} frames, {milliseconds:.1f} ms per frame, {screen}: {place}\n", sys.stderr)
     return 130 if interrupted else 0
 
-def talk(mimi: Mimi, gen: MoshiGen, frames, screen: "Screen", writer: "SoundWriter") -> tuple[list, list, bool]:
-    """Tells and writes what `converse` yields, while `frames` come [frame_size] or until Ctrl-C.
-    Returns what was heard, what was said, and whether it was interrupted."""
-    all_heard, all_said = [], []
+def talk(mimi: Mimi, gen: MoshiGen, frames, screen, writer) -> tuple[np.ndarray, bool]:
+    """Tells and writes what `converse` yields, while `frames` [frame_size] come or until Ctrl-C.
+    Returns the aligned codes of all streams [1 + n_q, F], NO_INPUT where there is none; True after Ctrl-C."""
+    all_heard, all_said, interrupted = [], [], False
     try:
         for heard, said, sound in converse(mimi, gen, screen.watch(frames)):
             if said is not None:
-                all_said.append(said)
+                all_said.append(said[0].cpu())
                 screen.say(int(said[0, 0]))
             if sound is not None and not sound.isfinite().all():
-                raise Problem("the checkpoint's codec makes samples that are not finite; get it again")
+                fail("the checkpoint's codec makes samples that are not finite; get it again")
             if heard is not None:
-                all_heard.append(heard)
+                all_heard.append(heard[0].cpu())
                 writer.add(screen.frame, None if sound is None else sound[0, 0].cpu())
                 screen.frame_done()
     except KeyboardInterrupt:
-        return all_heard, all_said, True
-    return all_heard, all_said, False
-
-def align(heard: list[Tensor], said: list[Tensor], config: MoshiConfig) -> np.ndarray:
-    """The codes of all streams [1 + n_q, F] as `Moshi.forward` takes them, NO_INPUT where nothing was made."""
-    codes = np.full((1 + config.n_q, len(heard)), NO_INPUT)
-    moshi, user = codes[: 1 + config.dep_q], codes[1 + config.dep_q :]
-    for stream, frames in ((moshi, said), (user, heard)):
-        for f, tokens in enumerate(frames[: len(heard)]):
-            stream[:, f] = tokens[0, :, 0].cpu()
-    return codes
+        interrupted = True
+    codes = np.full((1 + gen.config.n_q, len(all_heard)), NO_INPUT)
+    for streams, tokens in ((codes[: gen.own], all_said), (codes[gen.own :], all_heard)):
+        for column, token in zip(streams.T, tokens):
+            column[:] = token[:, 0]
+    return codes, interrupted
 
 def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
     """The checkpoint that was named, or a Problem that says what to do."""
     try:
-        return load_checkpoint(args.checkpoint, args.device, DTYPES[args.dtype])
+        dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+        return load_checkpoint(args.checkpoint, args.device, dtype)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise Problem(f"{error.filename}: {error.strerror}. It takes {MOSHI_FILE}, {MIMI_FILE}, "
-                      f"{TOKENIZER_FILE}; get the released ones with: hf download "
-                      "kyutai/moshiko-pytorch-bf16 --local-dir moshiko, then say --checkpoint moshiko") from None
+        files = ", ".join((MOSHI_FILE, MIMI_FILE, TOKENIZER_FILE))
+        return fail(f"{error.filename}: {error.strerror}. It takes {files}; get the released ones with: hf "
+                    "download kyutai/moshiko-pytorch-bf16 --local-dir moshiko, then say --checkpoint moshiko")
     except ValueError as error:
-        raise Problem(f"{error}; get the checkpoint again, or name another one") from None
-
-def user_frames(args, recording: tuple[Tensor, int] | None, mimi: Mimi) -> tuple[Iterator[Tensor], int | None]:
-    """The user's frames [frame_size], silence around them, and how many there are (None: as long as it goes)."""
-    size, rate = mimi.frame_size, mimi.sample_rate
-    lead, extra = (math.ceil(seconds * rate / size) for seconds in (args.lead_seconds, args.extra_seconds))
-    if recording is None:
-        frames, total = pipe_frames(size), None
-    else:
-        sound = resample(*recording, rate)
-        frames = F.pad(sound, (0, -len(sound) % size)).split(size)
-        total = lead + len(frames) + extra
-    silence = torch.zeros(size)
-    return itertools.chain(itertools.repeat(silence, lead), frames, itertools.repeat(silence, extra)), total
+        return fail(f"{error}; get the checkpoint again, or name another one")
 
 # ------------------------------------------------------------------------------------------- the command line
-
-def number(kind: type, low: int):
+def number(kind: type, low: int) -> Callable[[str], float]:
     """A reader of numbers from `low` on, for argparse."""
-    name = "a whole number" if kind is int else "a number"
-
-    def read(text: str):
+    def read(text: str) -> float:
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= 10**9:
                 return kind(text)
-        raise argparse.ArgumentTypeError(f"it must be {name} from {low} to 1e9, not {text!r}")
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"it must be {what} from {low} to 1e9, not {text!r}")
     return read
 
 SETTINGS = (  # option, what it is, its reader, its place in config.json, and its value when that says nothing
@@ -162,8 +145,7 @@ SETTINGS = (  # option, what it is, its reader, its place in config.json, and it
     ("top_k", "audio tokens to choose from", number(int, 1), "lm_gen_config", "top_k", 250),
     ("top_k_text", "text tokens to choose from", number(int, 1), "lm_gen_config", "top_k_text", 25),
     ("lead_seconds", "of silence first", number(float, 0), "stt_config", "audio_silence_prefix_seconds", 0),
-    ("extra_seconds", "of silence last, to answer", number(float, 0), "stt_config", "audio_delay_seconds", 5),
-)
+    ("extra_seconds", "of silence last, to answer", number(float, 0), "stt_config", "audio_delay_seconds", 5))
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line, checked as far as that goes before anything is loaded."""
@@ -174,14 +156,15 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("-o", "--output", default="answer.wav", help="WAV (default: %(default)s); '-': raw as above")
     add("--checkpoint", type=Path, default=TINY, help="a folder in the official format (default: tiny/)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    add("--dtype", choices=DTYPES, default="auto", help="of Moshi's weights; Mimi's are float32")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of Moshi")
     add("--seed", type=number(int, 0), default=4242, help="the same one repeats a run (default: %(default)s)")
     add("--greedy", action="store_true", help="take the likeliest token everywhere")
-    for name, what, kind, _, _, default in SETTINGS:
-        add(f"--{name.replace('_', '-')}", type=kind, help=f"{what} (default: the checkpoint's or {default})")
+    for name, what, reader, _, _, default in SETTINGS:
+        option = f"--{name.replace('_', '-')}"
+        add(option, type=reader, help=f"{what} (default: the checkpoint's or {default})")
     add("--stereo", action="store_true", help="the user left, Moshi right")
     add("--tokens", metavar="RUN.npz", help="also save the aligned tokens of all streams")
-    parser.error = fail
+    parser.error = fail  # type: ignore[method-assign]
     args = parser.parse_args(argv)
     check_files(args)
     devices = {"cuda": torch.cuda.is_available(), "cpu": True, "mps": torch.backends.mps.is_available()}
@@ -191,105 +174,84 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
         fail(f"--device {args.device}: there is no such device here; try --device cpu")
     return args
 
-def fail(message: str):
-    """How argparse, too, tells what is wrong."""
-    raise Problem(message)
-
 def check_files(args: argparse.Namespace) -> None:
     """A Problem unless all files that are named can be meant."""
     if args.output == "-" and args.stereo or args.tokens == "-":
         fail("--stereo and --tokens need a file, not '-'; name one")
     if args.question == "-" and sys.stdin.isatty():
         fail("'-' reads raw sound from a pipe; see --help")
-    taken = set() if args.question == "-" else {os.path.realpath(args.question)}
-    for path in (Path(name) for name in (args.output, args.tokens) if name not in ("-", None)):
+    files = [Path(name) for name in (args.question, args.output, args.tokens) if name not in ("-", None)]
+    for path in files if args.question == "-" else files[1:]:
         if not path.parent.is_dir():
             fail(f"{path}: the folder {path.parent} does not exist; make it first")
         if not os.access(path.parent, os.W_OK) or path.exists() and not path.is_file():
             fail(f"{path} is not a file that can be written; name another one")
-        if os.path.realpath(path) in taken:
+        if [os.path.realpath(file) for file in files].count(os.path.realpath(path)) > 1:
             fail(f"{path} is named twice; name another one")
-        taken.add(os.path.realpath(path))
 
 def settle(args: argparse.Namespace, config: dict) -> None:
-    """Puts what the command line leaves open as config.json says it, which is checked."""
+    """What the command line leaves open is as config.json says, which is checked."""
     if args.question == "-" and args.lead_seconds is None:
         args.lead_seconds = 0  # live, silence first would stay as lag
-    for name, _, kind, section, key, default in SETTINGS:
+    for name, _, reader, section, key, default in SETTINGS:
         try:
-            value = kind(str(config.get(section, {}).get(key, default)))
+            value = reader(str(config.get(section, {}).get(key, default)))
         except (AttributeError, argparse.ArgumentTypeError):
             fail(f"config.json: {key} in {section} {config[section]!r} must be a number; correct it")
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.greedy = args.greedy or not config.get("lm_gen_config", {}).get("use_sampling", True)
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    args.greedy |= not config.get("lm_gen_config", {}).get("use_sampling", True)
 
 # ------------------------------------------------------------------------------------------------------ sound
-
 def read_wav(path: Path) -> tuple[Tensor, int]:
     """The mean of all channels [T] in -1..1, and the sample rate. PCM of 8 to 32 bits, or float."""
     again, convert = "; record or copy it again", f"; convert it: ffmpeg -i {path} -c:a pcm_s16le new.wav"
     data = path.read_bytes()
-    if not data:
-        raise Problem(f"{path} is an empty file" + again)
     if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
-        raise Problem(f"{path} is not a WAV file" + convert)
+        fail(f"{path} is not a WAV file" + convert if data else f"{path} is an empty file" + again)
     place, size, name, header = 12, 0, b"", b""
     while name != b"data":  # chunks of any kind: a name, a size, contents padded to an even length
         place += size + size % 2
         if place + 8 > len(data):
-            raise Problem(f"{path} ends before its sound begins" + again)
+            fail(f"{path} ends before its sound begins" + again)
         name, size = struct.unpack_from("<4sI", data, place)
         place += 8
-        if name == b"fmt ":
-            header = data[place : place + size]
+        header = data[place : place + size] if name == b"fmt " else header
     form, channels, rate, _, block, bits = struct.unpack_from("<HHIIHH", header.ljust(16, b"\0"))
     if form == 0xFFFE and len(header) >= 26:  # an extensible header: the true format opens a longer name
         form = struct.unpack_from("<H", header, 24)[0]
     width = block // max(channels, 1)  # bytes of a sample
     known = (form, width) in ((1, 1), (1, 2), (1, 3), (1, 4), (3, 4), (3, 8)) and width * channels == block
     if not known or not 1000 <= rate <= 1_000_000:
-        raise Problem(f"{path}: format {form} of {bits} bits at {rate} Hz is not read here" + convert)
+        fail(f"{path}: format {form} of {bits} bits at {rate} Hz is not read here" + convert)
     rest, whole = len(data) - place, struct.unpack_from("<I", data, 4)[0] == len(data) - 8
     if size == 0 and not whole or size >= 0x7FFF0000:  # its writer wrote into a pipe and could not know
         size = rest
     if size > rest:
-        raise Problem(f"{path} is cut off: {rest} of {size} bytes of sound are there" + again)
-    samples = read_samples(np.frombuffer(data, np.uint8, size // block * block, place), form, width)
-    if not len(samples):
-        raise Problem(f"{path} holds no sound" + again)
-    if not np.isfinite(samples).all():
-        raise Problem(f"{path} holds samples that are not finite numbers" + again)
+        fail(f"{path} is cut off: {rest} of {size} bytes of sound are there" + again)
+    raw = np.frombuffer(data, np.uint8, size // block * block, place)
+    if form == 3:
+        samples = raw.view(f"<f{width}")
+    else:  # whole numbers, put into the upper bytes of 32 bits; 8 bits have their zero at 128
+        wide = np.zeros((len(raw) // width, 4), np.uint8)
+        wide[:, 4 - width :] = (raw ^ 128 if width == 1 else raw).reshape(-1, width)
+        samples = wide.view("<i4")[:, 0] / np.float32(2**31)
+    if not len(samples) or not np.isfinite(samples).all():
+        fail(f"{path} holds {'samples that are not finite numbers' if len(samples) else 'no sound'}" + again)
     return torch.from_numpy(samples.clip(-1, 1).reshape(-1, channels).mean(axis=1, dtype=np.float32)), rate
 
-def read_samples(data: np.ndarray, form: int, width: int) -> np.ndarray:
-    """Bytes of samples that are `width` bytes wide, floats (`form` 3) or whole numbers -> in -1..1."""
-    if form == 3:
-        return data.view(f"<f{width}")
-    wide = np.zeros((len(data) // width, 4), np.uint8)  # they go into the upper bytes of 32 bits
-    wide[:, 4 - width :] = (data ^ 128 if width == 1 else data).reshape(-1, width)  # 8 bits: 128 is silence
-    return wide.view("<i4")[:, 0] / np.float32(2**31)
-
 def resample(x: Tensor, rate_in: int, rate_out: int) -> Tensor:
-    """x [T] at `rate_in` Hz -> [ceil(T * rate_out / rate_in)] at `rate_out` Hz, by a windowed sinc.
-    The low-pass (32 zero crossings on each side, Kaiser window) lies midway between 0.8 of the lower Nyquist
-    frequency, which passes, and that frequency, which does not. An output is the product of the inputs around
-    it with the filter, shifted to where it falls between two of them; these shifts (phases) repeat."""
+    """x [T] at `rate_in` Hz -> [ceil(T * rate_out / rate_in)] at `rate_out` Hz, by its spectrum. It passes up
+    to 0.8 of the lower Nyquist frequency and stops at that; the slope between keeps clicks from ringing."""
     if rate_in == rate_out:
         return x
     up, down = rate_out // math.gcd(rate_in, rate_out), rate_in // math.gcd(rate_in, rate_out)
-    cutoff = 0.9 * min(1, up / down)  # in parts of the input's Nyquist frequency
-    half = math.ceil(32 / min(1, up / down))  # reach of the filter, in input samples
-    windows = F.pad(x, (half - 1, half)).unfold(0, 2 * half, 1)  # [T, 2 * half], a view: what is around t
-    offsets = torch.arange(1 - half, half + 1, dtype=torch.float64)
-    blocks = []
-    for numbers in torch.arange(-(-len(x) * up // down)).split(1024):  # blocks, to bound the memory
-        phases, which = (numbers * down % up).unique(return_inverse=True)
-        distance = phases[:, None] / up - offsets
-        kaiser = torch.i0(9 * (1 - (distance / half) ** 2).clamp(min=0).sqrt()) / torch.i0(torch.tensor(9.0))
-        filters = (cutoff * torch.sinc(cutoff * distance) * kaiser).float()  # [phases, 2 * half]
-        blocks.append((windows[numbers * down // up] * filters[which]).sum(1))
-    return torch.cat(blocks)
+    blocks = -(-len(x) // down) + -(-100 // up)  # with silence at the end: what rings there comes round
+    spectrum = torch.fft.rfft(F.pad(x, (0, blocks * down - len(x))))
+    limit = blocks * min(up, down) / 2  # the lower Nyquist frequency, where `spectrum` has a number for each
+    share = (torch.arange(len(spectrum)) / limit - 0.8) / 0.2
+    gain = (1 + torch.cos(math.pi * share.clamp(0, 1))) / 2
+    y = torch.fft.irfft(spectrum * gain, n=blocks * up) * (up / down)
+    return y[: -(-len(x) * up // down)]
 
 def pipe_frames(frame_size: int) -> Iterator[Tensor]:
     """Frames [frame_size] of raw 16-bit mono as they come from standard input, the last one zero-padded."""
@@ -299,7 +261,6 @@ def pipe_frames(frame_size: int) -> Iterator[Tensor]:
 
 class SoundWriter:
     """Writes 16-bit sound by the frame: Moshi alone, or the user left and Moshi right; raw or as a WAV."""
-
     def __init__(self, file, stereo: bool, rate: int, raw: bool):
         self.file, self.channels, self.rate, self.raw, self.size = file, 2 if stereo else 1, rate, raw, 0
         self.late: Tensor | None = None  # stereo: Moshi's last frame
@@ -321,15 +282,13 @@ class SoundWriter:
         if self.late is not None:
             self.add(torch.zeros_like(self.late), None)
         if not self.raw:
-            block = 2 * self.channels
             self.file.truncate(44 + self.size)  # Ctrl-C may have come in the middle of a write
             self.file.seek(0)
-            self.file.write(struct.pack(
-                "<4sI8sIHHIIHH4sI", b"RIFF", 36 + self.size, b"WAVEfmt ", 16, 1, self.channels, self.rate,
-                self.rate * block, block, 16, b"data", self.size))
+            self.file.write(struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", 36 + self.size, b"WAVEfmt ", 16, 1,
+                                        self.channels, self.rate, 2 * self.channels * self.rate,
+                                        2 * self.channels, 16, b"data", self.size))
 
 # -------------------------------------------------------------------------------------- terminal and signals
-
 def show(text: str, stream) -> None:
     """Prints at once. When the reader of `stream` has gone, what is written to it goes nowhere."""
     try:
@@ -339,8 +298,7 @@ def show(text: str, stream) -> None:
 
 class Screen:
     """What one sees meanwhile: the inner monologue on `stream`, a progress line on standard error."""
-
-    def __init__(self, tokenizer, config: MoshiConfig, stream, frame_seconds: float, total: int | None):
+    def __init__(self, tokenizer, config, stream, frame_seconds: float, total: int | None):
         self.tokenizer, self.stream, self.frame_seconds = tokenizer, stream, frame_seconds
         self.silent = (config.existing_text_padding_id, config.existing_text_end_padding_id)
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may come byte by byte
@@ -359,10 +317,8 @@ class Screen:
             return
         known = self.tokenizer is not None and token < self.tokenizer.vocab_size()
         piece = self.tokenizer.id_to_piece(token) if known else f"▁{token}"
-        if known and self.tokenizer.is_byte(token):
-            text = bytes.fromhex(piece[3:5])
-        else:
-            text = piece.replace("▁", " ").encode()
+        is_byte = known and self.tokenizer.is_byte(token)
+        text = bytes.fromhex(piece[3:5]) if is_byte else piece.replace("▁", " ").encode()
         show(self.utf8.decode(text), self.stream)
 
     def end(self) -> None:

@@ -5,18 +5,12 @@
 
 - Everything is causal: a frame of 80 ms goes in, its codes come out, and nothing waits for the future.
 - The first codebook is semantic (trained to follow a speech recogniser's features), the others are acoustic.
-- There is one way to stream: `init_state(module, batch)` makes the memory of every module inside, and
-  `forward(x, state)` reads it and updates it in place. Without a state a call gets the whole sequence at once.
-  Both give the same numbers.
-
-Two things that Moshi needs as well live here too: the transformer, of which Helium is made (`Attention` and
-what follows it), and the reading and writing of configs and weight files, at the end.
-
+- One way to stream: `init_state(module, batch)` makes the memory of every module inside, `forward(x, state)`
+  reads and updates it in place, and `state=None` is the whole sequence at once. Both give the same numbers.
+- Helium's `Attention` and `Transformer` live here too, and the code for config and weight files, at the end.
 From "Moshi: a speech-text foundation model for real-time dialogue" (Défossez et al. 2024, arXiv:2410.00037,
 section 3.3); the reference implementation is `moshi.models.compression.MimiModel`.
 """
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math
@@ -35,7 +29,6 @@ from torch import Tensor, nn
 @dataclasses.dataclass
 class MimiConfig:
     """The sizes of a Mimi under their official names; the defaults are the released one's."""
-
     sample_rate: int = 24000  # samples a second
     frame_rate: float = 12.5  # frames of codes a second
     n_filters: int = 64  # channels of the first convolution, doubled at each stride
@@ -59,10 +52,13 @@ class MimiConfig:
         self.hop_size = math.prod(self.ratios)  # samples that SEANet turns into one vector: 960
         self.frame_size = int(self.sample_rate / self.frame_rate)  # samples in a frame: 1920
         self.stride = self.frame_size // self.hop_size  # positions of the transformers in a frame: 2
-        check_mimi_fits(self)
+        if self.dimension % (2 * self.num_heads) or self.n_q < 2:  # rotary embedding turns pairs
+            raise ValueError(f"config: num_heads {self.num_heads} or n_q {self.n_q} does not fit dimension")
+        if self.stride < 2 or self.stride * self.hop_size * self.frame_rate != self.sample_rate:
+            raise ValueError(f"config: a frame_rate of {self.frame_rate} does not fit ratios {self.ratios}")
 
     @classmethod
-    def from_dict(cls, official: dict) -> MimiConfig:
+    def from_dict(cls, official: dict) -> "MimiConfig":
         """Reads the official JSON; unknown keys and impossible values raise ValueError."""
         return read_mimi(official)
 
@@ -71,57 +67,52 @@ class MimiConfig:
         return write_mimi(self)
 
 # -------------------------------------------------------------------------------------------------- streaming
-
 def init_state(module: nn.Module, batch_size: int) -> dict:
     """The empty memory of all modules in `module`, {module: {name: tensor}}. Pass it as `state` to stream,
     inside torch.no_grad(). Calls update the tensors in place, so that a CUDA graph can replay them."""
     return {part: part.new_memory(batch_size) for part in module.modules() if hasattr(part, "new_memory")}
 
 def reset_state(state: dict) -> None:
-    """Forgets what was heard, in place. (What a codebook keeps is computed from its weights, and stays.)"""
+    """Empties all memories in place. What a codebook keeps stays: it is computed from its weights."""
     for part, memory in state.items():
-        for tensor in memory.values():
-            if not isinstance(part, Codebook):
-                tensor.zero_()
+        for tensor in memory.values() if not isinstance(part, Codebook) else ():
+            tensor.zero_()
 
 def memory_of(part: nn.Module, state: dict | None, batch_size: int) -> dict:
     """The memory of one module: its entry in `state`, or without a state an empty one for this call alone."""
     return part.new_memory(batch_size) if state is None else state[part]
 
 def captured(function: Callable[..., Tensor], device: torch.device, cuda_graph: bool = True) -> Callable:
-    """`function` of tensors as a CUDA graph, which launches all its kernels at once; eager on other devices.
-    The first call runs eagerly, since a dummy one would spoil memory and random numbers; the second captures;
-    from then on calls only replay. Values may change from call to call; shapes may not (ValueError), nor
-    where a memory lies, nor anything that Python decides. Results are copies."""
+    """`function` of tensors as a CUDA graph, all its kernels launched at once; itself on other devices. The
+    first call is eager, as a dummy one would spoil memory and random numbers; the second captures; all later
+    ones only replay. Between calls values may change, but not shapes (ValueError), where memory lies, or what
+    Python decides. Results are copies."""
     if not cuda_graph or device.type != "cuda":
         return function
-    graph, inputs, results = torch.cuda.CUDAGraph(), [], []  # what the graph reads and writes stays in place
-
+    graph, inputs, results = torch.cuda.CUDAGraph(), [], []
     def replay(*given: Tensor) -> Tensor:
         if not inputs:
             inputs.extend(tensor.clone() for tensor in given)
             return function(*inputs)
-        for mine, new in zip(inputs, given, strict=True):
+        for mine, new in zip(inputs, given):
             if mine.shape != new.shape:
-                raise ValueError(f"captured for {list(mine.shape)}, called with {list(new.shape)}")
+                raise ValueError(f"captured for the shape {list(mine.shape)}, called with {list(new.shape)}")
             mine.copy_(new)
         if not results:
             try:
                 with torch.cuda.device(device), torch.cuda.graph(graph):
                     results.append(function(*inputs))
             except RuntimeError as error:
-                raise RuntimeError(f"no CUDA graph could be captured, try cuda_graph=False: {error}") from error
+                raise RuntimeError(f"no CUDA graph was captured ({error}); try cuda_graph=False") from error
         graph.replay()
         return results[0].clone()
     return replay
-
-# Up to so many outputs, a matrix product is faster than the convolution kernels of the CPU (measured).
-FEW_OUTPUTS = 2048
 
 class CausalConv1d(nn.Module):
     """A convolution that sees only the past: it pads with kernel - stride samples, all of them on the left.
     They are the end of the last chunk; at the start zeros or, with `repeat_first`, the first input.
     [B, C_in, T] -> [B, C_out, T / stride], T a multiple of the stride."""
+    few_outputs = 2048  # up to so many, a matrix product is faster than the CPU's convolution kernels
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, bias=True, repeat_first=False):
         super().__init__()
@@ -142,19 +133,15 @@ class CausalConv1d(nn.Module):
             memory["started"].fill_(True)
         x = torch.cat([past, x], dim=-1)
         memory["past"].copy_(x[..., x.shape[-1] - self.padding :])
-
-        if x.shape[-1] > FEW_OUTPUTS * self.stride:
+        if x.shape[-1] > self.few_outputs * self.stride:
             return self.conv(x)
-        windows = x.unfold(-1, self.kernel, self.stride)  # [B, C_in, T', kernel]
-        rows = windows.transpose(1, 2).flatten(2)  # [B, T', C_in * kernel]
+        rows = x.unfold(-1, self.kernel, self.stride).transpose(1, 2).flatten(2)  # [B, T', C_in * kernel]
         return F.linear(rows, self.conv.weight.flatten(1), self.conv.bias).transpose(1, 2)
 
 class CausalConvTranspose1d(nn.Module):
-    """Upsampling by `stride` with a kernel of 2 * stride, the last `stride` outputs left to the next input.
-    Each input makes 2 * stride outputs: the first half lands beside the second half of the input before it.
-    So it is a matrix product and an overlap-add, and all there is to remember is one second half.
-    [B, C_in, T] -> [B, C_out, T * stride]. `depthwise`: each channel by itself."""
-
+    """Upsampling by `stride`: [B, C_in, T] -> [B, C_out, T * stride]. `depthwise`: each channel by itself.
+    The kernel is 2 * stride long. Of the 2 * stride outputs of an input the first half is added to the second
+    half of the input before it: a matrix product and an overlap-add, with one second half to remember."""
     def __init__(self, c_in: int, c_out: int, stride: int, bias: bool = True, depthwise: bool = False):
         super().__init__()
         self.c_out, self.stride, self.depthwise = c_out, stride, depthwise
@@ -162,31 +149,26 @@ class CausalConvTranspose1d(nn.Module):
         self.convtr = nn.ConvTranspose1d(c_in, c_out, 2 * stride, stride, bias=bias, groups=groups)
 
     def new_memory(self, batch_size: int) -> dict:
-        """The second half that the last input left over."""
         return {"tail": self.convtr.weight.new_zeros(batch_size, 1, self.c_out, self.stride)}
 
     def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
         memory = memory_of(self, state, len(x))
         x, weight = x.transpose(1, 2), self.convtr.weight  # [B, T, C_in], [C_in, C_out, 2 * stride]
         made = x[..., None] * weight[:, 0] if self.depthwise else x @ weight.flatten(1)
-        halves = made.view(*x.shape[:2], self.c_out, 2, self.stride)
-        first, second = halves.unbind(3)  # [B, T, C_out, stride] each
+        first, second = made.view(*x.shape[:2], self.c_out, 2, self.stride).unbind(3)  # [B, T, C_out, stride]
         y = first + torch.cat([memory["tail"], second[:, :-1]], dim=1)
         memory["tail"].copy_(second[:, -1:])  # without the bias, which is added to each output only once
         y = y.transpose(1, 2).flatten(2)  # [B, C_out, T * stride]
         return y if self.convtr.bias is None else y + self.convtr.bias[:, None]
 
 # ----------------------------------------------------------------------------------------------------- SEANet
-
 class ELU(nn.ELU):
     """The activation. It takes the state as its neighbours do, and remembers nothing."""
-
     def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
         return super().forward(x)
 
 class Layers(nn.Sequential):
     """Modules in a row, each given the state."""
-
     def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
         for layer in self:
             x = layer(x, state)
@@ -194,12 +176,10 @@ class Layers(nn.Sequential):
 
 class ResidualBlock(nn.Module):
     """x + convolutions of x, with half the channels inside. [B, C, T] -> [B, C, T]."""
-
     def __init__(self, channels: int, kernel: int):
         super().__init__()
-        self.block = Layers(
-            ELU(), CausalConv1d(channels, channels // 2, kernel),
-            ELU(), CausalConv1d(channels // 2, channels, 1))
+        self.block = Layers(ELU(), CausalConv1d(channels, channels // 2, kernel),
+                            ELU(), CausalConv1d(channels // 2, channels, 1))
 
     def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
         return x + self.block(x, state)
@@ -207,34 +187,27 @@ class ResidualBlock(nn.Module):
 class Encoder(Layers):
     """SEANet (Tagliasacchi et al. 2020, as in EnCodec): sound [B, 1, T] -> [B, D, T / 960].
     Each stride divides the rate by its ratio and doubles the channels."""
-
     def __init__(self, config: MimiConfig):
         channels = config.n_filters
         layers: list[nn.Module] = [CausalConv1d(1, channels, config.kernel_size)]
         for ratio in reversed(config.ratios):
-            layers += [
-                ResidualBlock(channels, config.residual_kernel_size),
-                ELU(), CausalConv1d(channels, 2 * channels, 2 * ratio, ratio)]
+            layers += [ResidualBlock(channels, config.residual_kernel_size),
+                       ELU(), CausalConv1d(channels, 2 * channels, 2 * ratio, ratio)]
             channels *= 2
-        layers += [ELU(), CausalConv1d(channels, config.dimension, config.last_kernel_size)]
-        super().__init__(*layers)
+        super().__init__(*layers, ELU(), CausalConv1d(channels, config.dimension, config.last_kernel_size))
 
 class Decoder(Layers):
     """The encoder mirrored: [B, D, T] -> sound [B, 1, T * 960]."""
-
     def __init__(self, config: MimiConfig):
         channels = config.n_filters * 2 ** len(config.ratios)
         layers: list[nn.Module] = [CausalConv1d(config.dimension, channels, config.kernel_size)]
         for ratio in config.ratios:
-            layers += [
-                ELU(), CausalConvTranspose1d(channels, channels // 2, ratio),
-                ResidualBlock(channels // 2, config.residual_kernel_size)]
+            layers += [ELU(), CausalConvTranspose1d(channels, channels // 2, ratio),
+                       ResidualBlock(channels // 2, config.residual_kernel_size)]
             channels //= 2
-        layers += [ELU(), CausalConv1d(channels, 1, config.last_kernel_size)]
-        super().__init__(*layers)
+        super().__init__(*layers, ELU(), CausalConv1d(channels, 1, config.last_kernel_size))
 
 # ------------------------------------------------------------------------------------------------ transformer
-
 def rotation(positions: Tensor, head_dim: int, max_period: float) -> Tensor:
     """What `rope` multiplies pairs with: cos + i sin of their angles, [T, head_dim / 2] complex."""
     pairs = torch.arange(head_dim // 2, device=positions.device, dtype=torch.float32)
@@ -256,15 +229,13 @@ def causal_mask(query_positions: Tensor, key_positions: Tensor, context: int) ->
 
 class Placement(NamedTuple):
     """What the layers of a transformer share in one call: where its inputs stand and what they may see."""
-
     turns: Tensor  # [T, head_dim / 2] complex, the `rotation` of each input
-    mask: Tensor  # [T, S] over S keys, what is added to the scores: 0, or minus infinity where nothing is seen
+    mask: Tensor  # [T, S] over S keys: what is added to the scores, 0 or minus infinity
     slots: Tensor | None  # [T], where the ring stores the new keys and values; None: the sequence is whole
 
 class Attention(nn.Module):
     """Causal attention with rotary positions, grouped queries and a sliding window. [B, T, D] -> [B, T, D].
     Query head h uses the key and value head h // (num_heads // num_kv_heads)."""
-
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
@@ -272,10 +243,9 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, placement: Placement, ring: Tensor | None = None) -> Tensor:
-        """`ring`: while streaming, keys and values so far [2, B, KV, slots, head_dim], to which these are
-        added. The mask covers the slots that are looked at."""
+        """`ring`: while streaming, keys and values so far [2, B, KV, slots, head_dim], to which these go."""
         H, KV = self.num_heads, self.num_kv_heads
-        heads = self.in_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2 KV, T, head_dim]
+        heads = self.in_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2 KV, T, hd]
         turned = rope(heads[:, : H + KV], placement.turns)
         q, k, v = turned[:, :H], turned[:, H:], heads[:, H + KV :]
         if ring is not None:
@@ -287,7 +257,6 @@ class Attention(nn.Module):
 
 class LayerScale(nn.Module):
     """Scales each channel of an update, little at first (Touvron et al. 2021)."""
-
     def __init__(self, dim: int):
         super().__init__()
         self.scale = nn.Parameter(torch.full((dim,), 0.01))
@@ -298,7 +267,6 @@ class LayerScale(nn.Module):
 class TransformerLayer(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)). [B, T, D] -> [B, T, D].
     `norm` and `scale` are classes: Mimi has LayerNorm and LayerScale, Helium RMSNorm and no scale."""
-
     def __init__(self, attention: Attention, feed_forward: nn.Module, norm: Callable, scale: Callable):
         super().__init__()
         dim = attention.out_proj.out_features
@@ -311,10 +279,8 @@ class TransformerLayer(nn.Module):
 
 class Transformer(nn.Module):
     """Both of Mimi's transformers, and Helium: causal layers with a sliding window. [B, T, D] -> [B, T, D].
-    While streaming, keys and values of a layer lie in a ring: position p in slot p % ring_size, where it
-    overwrites the oldest. The ring has a slot more than the window for each further position in a frame, so
-    that the oldest query of a frame still finds all of its window."""
-
+    While streaming, keys and values of a layer lie in a ring, position p in slot p % ring_size. It has a slot
+    more than the window for each further position of a frame, whose first query still wants all its keys."""
     def __init__(self, layers: list[TransformerLayer], context: int, max_period: float, frame_positions=1):
         super().__init__()
         self.layers = nn.ModuleList(layers)
@@ -325,8 +291,8 @@ class Transformer(nn.Module):
     def new_memory(self, batch_size: int) -> dict:
         """The rings, and the position of the next input: a tensor, since a replayed graph runs no Python."""
         attention = self.layers[0].attention
-        shape = 2, batch_size, attention.num_kv_heads, self.ring_size, attention.head_dim
-        rings = attention.in_proj.weight.new_zeros(len(self.layers), *shape)
+        slots = 2, batch_size, attention.num_kv_heads, self.ring_size, attention.head_dim
+        rings = attention.in_proj.weight.new_zeros(len(self.layers), *slots)
         return {"rings": rings, "position": rings.new_zeros(1, dtype=torch.long)}
 
     def place(self, x: Tensor, state: dict | None) -> Placement:
@@ -364,10 +330,8 @@ class Transformer(nn.Module):
         return x
 
 # ------------------------------------------------------------------------------------------------- quantizers
-
 class Codebook(nn.Module):
     """`size` vectors (centroids), stored as training keeps them: a moving sum and a moving count of each."""
-
     def __init__(self, size: int, dim: int):
         super().__init__()
         self.register_buffer("embedding_sum", torch.randn(size, dim))
@@ -396,18 +360,16 @@ class Codebook(nn.Module):
 
 class ResidualQuantizer(nn.Module):
     """Codebooks in a row, each quantizing what those before it left over, between two projections."""
-
     def __init__(self, config: MimiConfig, num_codebooks: int):
         super().__init__()
         self.input_proj = nn.Conv1d(config.dimension, config.quantizer_dimension, 1, bias=False)
         self.output_proj = nn.Conv1d(config.quantizer_dimension, config.dimension, 1, bias=False)
-        codebooks = [Codebook(config.bins, config.quantizer_dimension) for _ in range(num_codebooks)]
+        codebooks = (Codebook(config.bins, config.quantizer_dimension) for _ in range(num_codebooks))
         self.codebooks = nn.ModuleList(codebooks)
 
     def encode(self, z: Tensor, num_codebooks: int, state: dict | None = None) -> Tensor:
         """z [B, D, F] -> codes [B, num_codebooks, F]."""
-        residual = self.input_proj(z).transpose(1, 2)
-        codes = []
+        residual, codes = self.input_proj(z).transpose(1, 2), []
         for codebook in self.codebooks[:num_codebooks]:
             codes.append(codebook.encode(residual, state))
             residual = residual - codebook.decode(codes[-1], state)
@@ -420,7 +382,6 @@ class ResidualQuantizer(nn.Module):
 
 class SplitQuantizer(nn.Module):
     """A semantic codebook beside a row of acoustic ones: both quantize the latent itself, the results add."""
-
     def __init__(self, config: MimiConfig):
         super().__init__()
         self.num_codebooks = config.n_q  # in use, from 1 to all; set through Mimi.num_codebooks
@@ -429,34 +390,26 @@ class SplitQuantizer(nn.Module):
 
     def encode(self, z: Tensor, state: dict | None = None) -> Tensor:
         """z [B, D, F] -> codes [B, K, F], K = num_codebooks."""
-        codes = self.semantic.encode(z, 1, state)
-        if self.num_codebooks == 1:
-            return codes
-        return torch.cat([codes, self.acoustic.encode(z, self.num_codebooks - 1, state)], dim=1)
+        codes, more = self.semantic.encode(z, 1, state), self.num_codebooks - 1
+        return torch.cat([codes, self.acoustic.encode(z, more, state)], dim=1) if more else codes
 
     def decode(self, codes: Tensor, state: dict | None = None) -> Tensor:
         """codes [B, K, F], K from 1 to all -> z [B, D, F]."""
         z = self.semantic.decode(codes[:, :1], state)
-        if codes.shape[1] == 1:
-            return z
-        return z + self.acoustic.decode(codes[:, 1:], state)
+        return z if codes.shape[1] == 1 else z + self.acoustic.decode(codes[:, 1:], state)
 
 # ------------------------------------------------------------------------------------------------------- Mimi
-
 def mimi_transformer(config: MimiConfig) -> Transformer:
     """One of Mimi's two transformers: LayerNorm, GELU, LayerScale, two positions in a frame."""
-    dim, layers = config.dimension, []
+    dim, hidden, heads, layers = config.dimension, config.dim_feedforward, config.num_heads, []
     for _ in range(config.num_layers):
-        attention = Attention(dim, config.num_heads, config.num_heads)
         feed_forward = nn.Sequential(
-            nn.Linear(dim, config.dim_feedforward, bias=False), nn.GELU(),
-            nn.Linear(config.dim_feedforward, dim, bias=False))
-        layers.append(TransformerLayer(attention, feed_forward, nn.LayerNorm, LayerScale))
+            nn.Linear(dim, hidden, bias=False), nn.GELU(), nn.Linear(hidden, dim, bias=False))
+        layers.append(TransformerLayer(Attention(dim, heads, heads), feed_forward, nn.LayerNorm, LayerScale))
     return Transformer(layers, config.context, config.max_period, frame_positions=config.stride)
 
 class Mimi(nn.Module):
     """The codec. Without `state` a call takes a whole recording; with one it takes its next frames."""
-
     def __init__(self, config: MimiConfig):
         super().__init__()
         self.config = config
@@ -511,85 +464,64 @@ class Mimi(nn.Module):
             raise ValueError(f"Mimi takes codes as [batch, codebooks, frames], not {list(codes.shape)}")
         return self.from_latent(self.quantizer.decode(codes, state), state)
 
-# ----------------------------------------------------------------------------------------------- config files
-
+# ------------------------------------------------------------------------------------ config and weight files
 def check_sizes(config, may_be_zero: tuple[str, ...] = ()) -> None:
     """ValueError unless every field of a config dataclass holds positive numbers of its default's kind."""
     for field in dataclasses.fields(config):
         value, is_list = getattr(config, field.name), isinstance(field.default, tuple)
-        numbers = value if is_list and isinstance(value, (list, tuple)) else [value]
-        kinds = (int, float) if isinstance(field.default, float) else (int,)
-        lowest = 0 if field.name in may_be_zero else 1e-9
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        kinds, lowest = {int, type(field.default)}, 0 if field.name in may_be_zero else 1e-9
         good = numbers and all(type(number) in kinds and lowest <= number < 2**20 for number in numbers)
-        if not good or is_list and numbers is not value:
+        if not good or is_list != isinstance(value, (list, tuple)):
             raise ValueError(f"config: {field.name} cannot be {value!r}")
-
-def check_mimi_fits(config: MimiConfig) -> None:
-    """ValueError where sizes of a Mimi contradict each other."""
-    if config.dimension % (2 * config.num_heads):  # rotary embedding turns pairs
-        raise ValueError(f"config: {config.num_heads} heads cannot share dimension {config.dimension}")
-    if config.n_q < 2:
-        raise ValueError("config: n_q must be 2 or more, a semantic and an acoustic codebook")
-    if config.stride < 2 or config.stride * config.hop_size * config.frame_rate != config.sample_rate:
-        raise ValueError(f"config: a frame_rate of {config.frame_rate} does not fit ratios {config.ratios}")
 
 def check_official(given: dict, possible: dict, what: str) -> None:
     """ValueError for a key or a value of an official JSON object that isn't `possible` with this code."""
     for key, value in given.items():
         if key not in possible:
             raise ValueError(f"{what}: unknown key {key!r}")
-        if value != possible[key]:
+        if isinstance(value, dict) and isinstance(possible[key], dict):
+            check_official(value, possible[key], f"{what}, {key}")
+        elif value != possible[key]:
             raise ValueError(f"{what}: {key} is {value!r}, but only {possible[key]!r} is possible here")
 
-# What the official JSON means where it leaves a key out.
-MIMI_DEFAULTS = {
-    "seanet": {
-        "dimension": 128, "n_filters": 32, "ratios": [8, 5, 4, 2], "kernel_size": 7, "last_kernel_size": 7,
-        "residual_kernel_size": 3, "n_residual_layers": 3, "causal": False, "pad_mode": "reflect"},
-    "quantizer": {"dimension": 128, "n_q": 8, "bins": 1024, "input_dimension": None, "output_dimension": None},
-    "transformer": {
-        "d_model": None, "num_heads": None, "num_layers": None, "dim_feedforward": 2048, "context": None,
-        "max_period": 10000, "input_dimension": None, "output_dimensions": None, "causal": False,
-        "conv_layout": False, "layer_scale": None, "positional_embedding": "sin"}}
+MIMI_DEFAULTS = {  # what the official JSON means where it leaves a key out
+    "seanet": {"dimension": 128, "n_filters": 32, "ratios": [8, 5, 4, 2], "kernel_size": 7,
+               "last_kernel_size": 7, "residual_kernel_size": 3, "n_residual_layers": 3, "causal": False,
+               "pad_mode": "reflect"},
+    "quantizer": {"dimension": 128, "n_q": 8, "bins": 1024},
+    "transformer": {"dim_feedforward": 2048, "max_period": 10000, "causal": False, "conv_layout": False,
+                    "layer_scale": None, "positional_embedding": "sin"}}
 
 def read_mimi(official: dict) -> MimiConfig:
-    """A config from the official JSON, which has three sections."""
-    sections = {}
-    for name, defaults in MIMI_DEFAULTS.items():
-        given = official.get(name, {})
-        if not isinstance(given, dict):
-            raise ValueError(f"Mimi config: {name} cannot be {given!r}")
-        sections[name] = {**defaults, **given}
+    """A config from the official JSON, in which three sections have keys of their own."""
+    if not all(isinstance(official.get(name, {}), dict) for name in MIMI_DEFAULTS):
+        raise ValueError(f"Mimi config: {', '.join(MIMI_DEFAULTS)} must be JSON objects")
+    sections = {name: {**defaults, **official.get(name, {})} for name, defaults in MIMI_DEFAULTS.items()}
     found = {**official, **sections["quantizer"], **sections["transformer"], **sections["seanet"]}
     found["quantizer_dimension"] = sections["quantizer"]["dimension"]
     config = MimiConfig(**{field.name: found.get(field.name) for field in dataclasses.fields(MimiConfig)})
     possible = config.to_dict()
     possible["seanet"]["activation_params"], possible["quantizer"]["n_q_semantic"] = {"alpha": 1.0}, 1
-    check_official({**official, **sections}, {**possible, **sections}, "Mimi config")
-    for name, section in sections.items():
-        check_official(section, possible[name], f"Mimi config, {name}")
+    check_official({**official, **sections}, possible, "Mimi config")
     return config
 
 def write_mimi(c: MimiConfig) -> dict:
     """The official JSON of a config: its sizes, and all that is the same in every Mimi."""
     return {
         "sample_rate": c.sample_rate, "channels": 1, "frame_rate": c.frame_rate,
-        "seanet": {
-            "channels": 1, "dimension": c.dimension, "n_filters": c.n_filters, "ratios": list(c.ratios),
-            "kernel_size": c.kernel_size, "residual_kernel_size": c.residual_kernel_size,
-            "last_kernel_size": c.last_kernel_size, "n_residual_layers": 1, "causal": True, "compress": 2,
-            "activation": "ELU", "norm": "none", "true_skip": True, "pad_mode": "constant",
-            "dilation_base": 2, "disable_norm_outer_blocks": 0},
-        "quantizer": {
-            "dimension": c.quantizer_dimension, "n_q": c.n_q, "bins": c.bins,
-            "input_dimension": c.dimension, "output_dimension": c.dimension},
-        "transformer": {
-            "d_model": c.dimension, "input_dimension": c.dimension, "output_dimensions": [c.dimension],
-            "num_heads": c.num_heads, "num_layers": c.num_layers, "dim_feedforward": c.dim_feedforward,
-            "context": c.context, "max_period": c.max_period, "causal": True, "conv_layout": True,
-            "layer_scale": 0.01, "positional_embedding": "rope", "norm": "layer_norm", "gating": "none"}}
-
-# ----------------------------------------------------------------------------------------------- weight files
+        "seanet": {"channels": 1, "dimension": c.dimension, "n_filters": c.n_filters, "causal": True,
+                   "kernel_size": c.kernel_size, "residual_kernel_size": c.residual_kernel_size,
+                   "last_kernel_size": c.last_kernel_size, "n_residual_layers": 1, "ratios": list(c.ratios),
+                   "compress": 2, "norm": "none", "activation": "ELU", "true_skip": True,
+                   "pad_mode": "constant", "dilation_base": 2, "disable_norm_outer_blocks": 0},
+        "quantizer": {"dimension": c.quantizer_dimension, "n_q": c.n_q, "bins": c.bins,
+                      "input_dimension": c.dimension, "output_dimension": c.dimension},
+        "transformer": {"d_model": c.dimension, "input_dimension": c.dimension, "causal": True,
+                        "output_dimensions": [c.dimension], "num_heads": c.num_heads, "norm": "layer_norm",
+                        "num_layers": c.num_layers, "dim_feedforward": c.dim_feedforward, "gating": "none",
+                        "context": c.context, "max_period": c.max_period, "conv_layout": True,
+                        "layer_scale": 0.01, "positional_embedding": "rope"}}
 
 @contextlib.contextmanager
 def whole_file(path: str | Path):
@@ -603,20 +535,19 @@ def whole_file(path: str | Path):
         temporary.unlink(missing_ok=True)
 
 def official_names(model: nn.Module, rules: list[tuple[str, str]]) -> dict[str, str]:
-    """Our name -> the name in the released files of every tensor in `model`: each rule (pattern, replacement)
-    in its turn. A '{k}' in a name stands for the entries of our first axis, stored one by one."""
+    """Our name -> its name in the released files of every tensor in `model`. Rules: (pattern, replacement).
+    A '{k}' in a name stands for the entries of our first axis, stored one by one."""
     names = {name: name for name in model.state_dict()}
     for pattern, replacement in rules:
         names = {ours: re.sub(pattern, replacement, name) for ours, name in names.items()}
     return names
 
 def newer_name(name: str) -> str:
-    """What the official package calls it today: an attention has a tensor for each codebook, Helium's one."""
+    """The name in newer files, where an attention has a tensor for each codebook; Helium's is number 0."""
     return re.sub(r"\.(in|out)_proj[_.]weight$", r".\1_projs.{k}.weight", name)
 
 class WeightFile:
     """A SafeTensors file whose tensors are taken out one by one. On the CPU they are mapped, not read."""
-
     def __init__(self, path: str | Path, device, dtype: torch.dtype | None):
         open(path, "rb").close()  # its OSError says what is wrong; safe_open calls every such file missing
         try:
@@ -630,10 +561,9 @@ class WeightFile:
         if name not in self.unused:
             raise ValueError(f"{self.path}: the tensor {name} is missing")
         stored, kind = self.file.get_slice(name).get_shape(), self.file.get_slice(name).get_dtype()
-        if stored != list(shape):
-            raise ValueError(f"{self.path}: {name} has the shape {stored}, expected {list(shape)}")
-        if kind not in ("F64", "F32", "F16", "BF16"):
-            raise ValueError(f"{self.path}: {name} holds {kind}; only floats are read, int8 files are not")
+        if stored != list(shape) or kind not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(f"{self.path}: {name} has the shape {stored} and the dtype {kind}, expected "
+                             f"{list(shape)} and floats (int8 files are not read)")
         self.unused.remove(name)
         return self.file.get_tensor(name).to(dtype=self.dtype)
 
@@ -648,8 +578,7 @@ class WeightFile:
         return torch.stack(pieces) if pieces else torch.empty(shape, dtype=self.dtype)
 
 def load_weights(model: nn.Module, path: str | Path, rules: list, device, dtype: torch.dtype | None) -> None:
-    """Puts the tensors of a SafeTensors file into `model`, which was built on the meta device.
-    A missing, extra or misshapen tensor raises ValueError, and so does a file that isn't SafeTensors."""
+    """Fills `model`, built on the meta device, from a SafeTensors file; ValueError if that isn't its file."""
     file, empty, names = WeightFile(path, device, dtype), model.state_dict(), official_names(model, rules)
     weights = {ours: file.take_ours(name, empty[ours].shape) for ours, name in names.items()}
     if file.unused:
@@ -667,12 +596,11 @@ def save_weights(model: nn.Module, path: str | Path, rules: list) -> None:
         save_file(tensors, file.name)  # puts a file of its own there, which only its owner may read
         os.chmod(file.name, os.fstat(file.fileno()).st_mode & 0o777)
 
-# What turns our names into those of the released files. Beside each rule what it makes of one of our names.
-TRANSFORMER_NAMES = [  # shared with Helium
+# Rules for `official_names`, each with what it has made of a name. Those of the transformer are Helium's too.
+TRANSFORMER_NAMES = [
     (r"\.attention\.in_proj\.", ".self_attn.in_proj_"),  # layers.0.self_attn.in_proj_weight
     (r"\.attention\.", ".self_attn."),  # layers.0.self_attn.out_proj.weight
-    (r"\.scale(\d)\.", r".layer_scale_\1."),  # layers.0.layer_scale_1.scale
-]
+    (r"\.scale(\d)\.", r".layer_scale_\1.")]  # layers.0.layer_scale_1.scale
 MIMI_NAMES = [
     (r"^(encoder|decoder)\.", r"\1.model."),  # encoder.model.1.block.1.conv.weight
     (r"\.(conv|convtr)\.", r".\1.\1."),  # encoder.model.1.block.1.conv.conv.weight
@@ -684,8 +612,7 @@ MIMI_NAMES = [
     (r"\.semantic\.", ".rvq_first."),  # quantizer.rvq_first.input_proj.weight
     (r"\.acoustic\.", ".rvq_rest."),  # quantizer.rvq_rest.input_proj.weight
     (r"\.codebooks\.(\d+)\.", r".vq.layers.\1._codebook."),  # ...rvq_rest.vq.layers.3._codebook.embedding_sum
-    (r"\.initialized", "._initialized"),  # ...rvq_rest.vq.layers.3._codebook._initialized
-]
+    (r"\.initialized", "._initialized")]  # ...rvq_rest.vq.layers.3._codebook._initialized
 
 def load_mimi(path: str | Path, config: MimiConfig | None = None, num_codebooks=8, device="cpu") -> Mimi:
     """Mimi from an official SafeTensors file, in float32; `config` None is the released one.

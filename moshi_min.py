@@ -3,19 +3,16 @@
     17 streams of tokens: [text, 8 codebooks of Moshi's voice, 8 of the user's voice], a step each 80 ms
     a step: add up their embeddings -> Helium -> text token -> depth decoder -> 8 audio tokens, one by one
 
-What is notable:
 - it listens and speaks at once: the user's stream is only read, Moshi's streams are predicted, none waits;
 - inner monologue: the text of what Moshi says is a stream of its own, just ahead of the sound;
 - the acoustic codebooks are delayed by a frame, so that they can lean on the semantic one;
-- RMSNorm in float32, SwiGLU, interleaved rotary positions, no biases, a sliding window of 3000 frames (4 min);
+- RMSNorm, SwiGLU, interleaved rotary positions, no biases, a sliding window of 3000 frames (4 minutes);
 - the depth decoder has its own weights for each codebook, held stacked: [codebook, out, in].
-
 From "Moshi: a speech-text foundation model for real-time dialogue" (Défossez et al. 2024, arXiv:2410.00037,
 section 3.4); the reference implementation is `moshi.models.lm`. Helium's attention is in mimi_min.py.
 """
-from __future__ import annotations
-
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -36,7 +33,6 @@ UNGENERATED = -2  # a token that is still to be sampled
 @dataclasses.dataclass
 class MoshiConfig:
     """The sizes of a Moshi under their official names; the defaults are the released 7B's."""
-
     dim: int = 4096  # width of Helium
     num_layers: int = 32
     num_heads: int = 32
@@ -63,7 +59,7 @@ class MoshiConfig:
         check_moshi_fits(self)
 
     @classmethod
-    def from_dict(cls, official: dict) -> MoshiConfig:
+    def from_dict(cls, official: dict) -> "MoshiConfig":
         """Reads an official `config.json`; unknown keys and impossible values raise ValueError."""
         return read_moshi(official)
 
@@ -72,10 +68,8 @@ class MoshiConfig:
         return write_moshi(self)
 
 # ----------------------------------------------------------------------------------------------------- blocks
-
 class RMSNorm(nn.Module):
     """x * alpha / sqrt(mean(x^2) + 1e-8) over the last axis, in float32 inside (Zhang and Sennrich 2019)."""
-
     def __init__(self, dim: int):
         super().__init__()
         self.alpha = nn.Parameter(torch.ones(1, 1, dim))
@@ -89,7 +83,6 @@ def gated_width(dim: int, feedforward: int) -> int:
 
 class SwiGLU(nn.Module):
     """silu(gate) * up, for x = (gate, up) stacked on the last axis (Shazeer 2020)."""
-
     def forward(self, x: Tensor) -> Tensor:
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
@@ -99,11 +92,10 @@ def embed(table: Tensor, tokens: Tensor) -> Tensor:
     return torch.where((tokens == NO_INPUT)[..., None], 0, F.embedding(tokens.clamp(min=0), table))
 
 def random_weight(*shape: int, variance: float = 1.0) -> nn.Parameter:
-    """A new matrix whose outputs have `variance` times the mean square of its inputs."""
+    """A new matrix whose outputs are as large as its inputs, or have a share of their variance."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=(variance / shape[-1]) ** 0.5))
 
 # ---------------------------------------------------------------------------------------------- depth decoder
-
 def codebook_linear(x: Tensor, weight: Tensor) -> Tensor:
     """A linear map of its own for each codebook: x [K, N, D_in], weight [K, D_out, D_in] -> [K, N, D_out]."""
     if len(weight) == 1:  # a step of the sampler: a plain product is faster than a batch of one
@@ -112,20 +104,17 @@ def codebook_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 class DepthLayer(nn.Module):
     """A transformer layer across codebooks. Their own weights tell them apart: no positional embedding."""
-
     def __init__(self, config: MoshiConfig):
         super().__init__()
         dim, K = config.depformer_dim, config.dep_q
         self.num_heads, self.head_dim = config.depformer_num_heads, dim // config.depformer_num_heads
         self.num_kv_heads = self.num_heads // config.depformer_kv_repeat
         hidden = gated_width(dim, config.depformer_dim_feedforward)
-        self.norm1, self.norm2 = RMSNorm(dim), RMSNorm(dim)
+        self.norm1, self.norm2, self.swiglu = RMSNorm(dim), RMSNorm(dim), SwiGLU()
         qkv = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        self.in_proj = random_weight(K, qkv, dim, variance=1 / 3)
-        self.out_proj = random_weight(K, dim, dim, variance=1 / 3)
-        self.linear_in = random_weight(K, 2 * hidden, dim, variance=1 / 3)
-        self.linear_out = random_weight(K, dim, hidden, variance=1 / 3)
-        self.swiglu = SwiGLU()
+        weight = functools.partial(random_weight, K, variance=1 / 3)
+        self.in_proj, self.out_proj = weight(qkv, dim), weight(dim, dim)
+        self.linear_in, self.linear_out = weight(2 * hidden, dim), weight(dim, hidden)
 
     def forward(self, x: Tensor, codebooks: slice, past: list[Tensor] | None) -> Tensor:
         """x [K', N, D] of these codebooks -> the same. `past` collects keys and values; None: all at once."""
@@ -136,8 +125,8 @@ class DepthLayer(nn.Module):
         if past is not None:
             past.append(keys_values)
             keys_values = torch.cat(past, dim=2)  # [N, 2 KV, codebooks so far, head_dim]
-        y = F.scaled_dot_product_attention(
-            heads[:, :H], keys_values[:, :KV], keys_values[:, KV:], is_causal=past is None, enable_gqa=KV != H)
+        q, k, v = heads[:, :H], keys_values[:, :KV], keys_values[:, KV:]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=past is None, enable_gqa=KV != H)
         x = x + codebook_linear(y.permute(2, 0, 1, 3).flatten(2), self.out_proj[codebooks])
         hidden = self.swiglu(codebook_linear(self.norm2(x), self.linear_in[codebooks]))
         return x + codebook_linear(hidden, self.linear_out[codebooks])
@@ -145,7 +134,6 @@ class DepthLayer(nn.Module):
 class DepthDecoder(nn.Module):
     """Predicts the audio tokens of one step, codebook after codebook (the official Depformer).
     Codebook k reads Helium's output and the token before: the text for k = 0, else audio token k - 1."""
-
     def __init__(self, config: MoshiConfig):
         super().__init__()
         dim, K = config.depformer_dim, config.dep_q
@@ -166,8 +154,6 @@ class DepthDecoder(nn.Module):
             x = layer(x, codebooks, cache)
         return codebook_linear(x, self.output_proj[codebooks])
 
-# ----------------------------------------------------------------------------------------------------- delays
-
 def delay(codes: Tensor, delays: list[int], initial: Tensor) -> Tensor:
     """Shifts stream k of codes [B, K, F] right by delays[k]. The gap gets initial[k], the end falls off."""
     length, longest = codes.shape[-1], max(delays)
@@ -184,10 +170,8 @@ def undelay(x: Tensor, delays: list[int]) -> tuple[Tensor, Tensor]:
     return shifted, lasts.expand(len(x), -1, -1)
 
 # ------------------------------------------------------------------------------------------------------ Moshi
-
 class MoshiOutput(NamedTuple):
     """Logits aligned with the codes they predict; NaN where a stream has run out. Masks say what counts."""
-
     text_logits: Tensor  # [B, 1, F, text_card]
     text_mask: Tensor  # [B, 1, F]
     audio_logits: Tensor  # [B, dep_q, F, card]
@@ -195,7 +179,6 @@ class MoshiOutput(NamedTuple):
 
 class Moshi(nn.Module):
     """The 17-stream language model. `forward` and `loss` train it, `MoshiGen` talks with it."""
-
     def __init__(self, config: MoshiConfig):
         super().__init__()
         self.config = config
@@ -209,8 +192,7 @@ class Moshi(nn.Module):
                 nn.Linear(dim, 2 * hidden, bias=False), SwiGLU(), nn.Linear(hidden, dim, bias=False))
             layers.append(TransformerLayer(attention, feed_forward, RMSNorm, nn.Identity))
         self.transformer = Transformer(layers, config.context, config.max_period)
-        self.out_norm = RMSNorm(dim)
-        self.text_linear = nn.Linear(dim, config.text_card, bias=False)
+        self.out_norm, self.text_linear = RMSNorm(dim), nn.Linear(dim, config.text_card, bias=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 module.weight = random_weight(*module.weight.shape)  # as large as the official ones
@@ -250,15 +232,13 @@ class Moshi(nn.Module):
 
     def loss(self, codes: Tensor, text_padding_weight: float = 0.5,
              first_codebook_weight: float = 100.0) -> tuple[Tensor, dict[str, Tensor]]:
-        """The training loss on codes [B, 1 + n_q, F]: total, {"text": ..., "audio": ...}.
-        Each part is a weighted mean of cross-entropies. PAD and EPAD weigh less than words, being most of the
-        text; the semantic codebook weighs more. As in moshi-finetune, with its example's weights."""
+        """The training loss on codes [B, 1 + n_q, F]: total, {"text": ..., "audio": ...}, weighted means of
+        cross-entropies. PAD and EPAD, most of the text, weigh less than words; the semantic codebook weighs
+        more. As in moshi-finetune, with the weights of its example."""
         config, output = self.config, self(codes)
-
         def mean(logits: Tensor, mask: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
             losses = F.cross_entropy(logits[mask].float(), targets[mask], reduction="none")
             return (losses * weights[mask]).sum() / weights[mask].sum()
-
         text, audio = codes[:, :1], codes[:, 1 : 1 + config.dep_q]
         is_padding = (text == config.existing_text_padding_id) | (text == config.existing_text_end_padding_id)
         text_weights = torch.where(is_padding, text_padding_weight, 1.0)
@@ -269,7 +249,6 @@ class Moshi(nn.Module):
         return parts["text"] + parts["audio"], parts
 
 # ------------------------------------------------------------------------------------------------- generation
-
 def sample(logits: Tensor, temp: float, top_k: int) -> Tensor:
     """One token [B] of logits [B, C]: the likeliest at temp 0 (below 1e-6), else drawn among the top_k.
     p / Exponential(1) noise is largest at i with probability p_i. Unlike multinomial this never waits for the
@@ -283,17 +262,10 @@ def sample(logits: Tensor, temp: float, top_k: int) -> Tensor:
 
 class MoshiGen:
     """Talks: a frame of the user's codes in, a frame of text and Moshi's codes out, for ever.
-
-    Its cache is a strip of tokens in delayed time, a row for each stream. A step reads the column `now` and
-    fills in the one after it, then the strip moves one column to the left:
-
-        columns   0 ... now - 1 | now        | now + 1          | ... 2 * max_delay
-                  made before   | read       | made by the step | the user's codes, where delays put them
-
-    Stream k lies delays[k] columns late, so the frame that is whole after a step has its token of stream k in
-    column 1 + delays[k]. On CUDA a step is one captured graph, or eager with `cuda_graph=False`, to walk
-    through. `greedy` takes the likeliest token. Random numbers are torch's global ones."""
-
+    Its cache is a strip of tokens in delayed time, a row for each stream. A step reads column max_delay and
+    makes the next one; then the strip moves one column to the left. Stream k lies delays[k] columns late, so
+    the frame that a step completes has its token of stream k in column 1 + delays[k]. `greedy` takes the
+    likeliest token. On CUDA a step is a captured graph, or eager with `cuda_graph=False`, to walk through."""
     def __init__(self, moshi: Moshi, batch_size: int = 1, temp: float = 0.8, temp_text: float = 0.7,
                  top_k: int = 250, top_k_text: int = 25, greedy: bool = False, cuda_graph: bool = True):
         if min(temp, temp_text) < 0 or min(top_k, top_k_text) < 1:
@@ -301,16 +273,16 @@ class MoshiGen:
         self.moshi, self.config = moshi, moshi.config
         self.temp, self.temp_text = (0.0, 0.0) if greedy else (temp, temp_text)
         self.top_k, self.top_k_text = top_k, top_k_text
-        streams, self.own = 1 + self.config.n_q, 1 + self.config.dep_q  # own: text and Moshi's voice
-        self.max_delay = self.now = max(self.config.delays)
+        self.own = 1 + self.config.dep_q  # streams that Moshi makes: text and its voice
+        self.max_delay = max(self.config.delays)
         self.initial = moshi.initial[:, None]  # [1 + n_q, 1], as are the delays and the streams' numbers
         self.device = self.initial.device
         self.delays = torch.tensor(self.config.delays, device=self.device)[:, None]
-        self.streams = torch.arange(streams, device=self.device)[:, None]
+        self.streams = torch.arange(len(self.delays), device=self.device)[:, None]
         # All that a step keeps lies in tensors that stay where they are, so that a graph can replay it.
         self.state = init_state(moshi, batch_size)
         self.offset = torch.zeros(1, dtype=torch.long, device=self.device)  # steps so far
-        self.cache = self.initial.new_empty(batch_size, streams, 2 * self.max_delay + 2)
+        self.cache = self.initial.new_empty(batch_size, len(self.delays), 2 * self.max_delay + 2)
         self.cuda_graph = cuda_graph
         self._replay = captured(self._step, self.device, cuda_graph)
         self.reset()
@@ -331,18 +303,16 @@ class MoshiGen:
         expected = [len(self.cache), 1 + self.config.n_q - self.own, 1]
         if list(user_codes.shape) != expected:
             raise ValueError(f"a step takes user codes {expected}, not {list(user_codes.shape)}")
-        forced = self.cache.new_full((len(self.cache), self.own), UNGENERATED)
-        if text is not None:
-            forced[:, 0] = text
-        if audio is not None:
-            forced[:, 1:] = audio
+        forced = self.cache.new_empty(len(self.cache), self.own)
+        forced[:, 0] = UNGENERATED if text is None else text
+        forced[:, 1:] = UNGENERATED if audio is None else audio
         tokens = self._replay(user_codes.to(self.device), forced)
         self.steps += 1
         return tokens if self.steps > self.max_delay else None
 
     def _step(self, user_codes: Tensor, forced: Tensor) -> Tensor:
         """One step on static tensors: no value on the host is read or made, so a graph can replay it."""
-        now, own, cache = self.now, self.own, self.cache
+        now, own, cache = self.max_delay, self.own, self.cache
         cache[:, self.streams[own:], now + self.delays[own:]] = user_codes
         tokens = torch.where(self.offset <= self.delays, self.initial, cache[:, :, now, None])
         hidden, text_logits = self.moshi.temporal(tokens, self.state)
@@ -371,29 +341,25 @@ class MoshiGen:
         It ends with the step that hears the user's frame F - 1, and returns what that step gives: frame
         F - max(delays), if there is one. Next comes `step` with the user's frame F."""
         frames, shifts, initial = codes.shape[-1], [1 + d for d in self.config.delays], self.moshi.initial
-        if self.steps:
-            raise ValueError("prefill starts a conversation, call reset() before it")
-        if codes.shape[:2] != self.cache.shape[:2]:
-            raise ValueError(f"prefill takes codes [{len(self.cache)}, {1 + self.config.n_q}, frames]")
+        if self.steps or codes.shape[:2] != self.cache.shape[:2]:
+            raise ValueError("prefill starts a conversation, after reset(), with the codes of all streams")
         if not frames:
             return None
         self.moshi.temporal(delay(codes, shifts, initial), self.state)
         self.offset.fill_(frames)
         self.steps = frames
-        # The strip around step F: delayed streams reach beyond it, and before the first frame nothing is known.
+        # The strip around step F: the delayed streams reach beyond it, and nothing is known before frame 0.
         around = F.pad(codes, (self.max_delay, 1 + self.max_delay), value=UNGENERATED)
         tokens = delay(around, shifts, torch.full_like(initial, UNGENERATED))
         self.cache[:, :, :-1] = tokens[:, :, frames:]
         return self.step(codes[:, self.own :, -1:])
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-
 MOSHI_FILE, MIMI_FILE = "model.safetensors", "tokenizer-e351c8d8-checkpoint125.safetensors"
 TOKENIZER_FILE, MIMI_CONFIG_FILE = "tokenizer_spm_32k_3.model", "mimi_config.json"
 
 class Checkpoint(NamedTuple):
     """A whole checkpoint folder."""
-
     moshi: Moshi
     mimi: Mimi
     tokenizer: SentencePieceProcessor | None  # None where the folder has none
@@ -411,14 +377,17 @@ def load_checkpoint(folder: str | Path, device="cpu", dtype: torch.dtype | None 
         mimi_config = MimiConfig.from_dict(read_json(folder / config["mimi_config_name"]))
     if moshi_config.card != mimi_config.bins:
         raise ValueError(f"config: card {moshi_config.card}, but Mimi has {mimi_config.bins} tokens")
-    if dtype is None:
-        dtype = torch.float32 if moshi_config.dim <= 1024 else torch.bfloat16
+    dtype = dtype or (torch.float32 if moshi_config.dim <= 1024 else torch.bfloat16)
     codebooks = max(moshi_config.dep_q, moshi_config.n_q - moshi_config.dep_q)
     mimi = load_mimi(folder / config.get("mimi_name", MIMI_FILE), mimi_config, codebooks, device)
     moshi = load_moshi(folder / config.get("moshi_name", MOSHI_FILE), moshi_config, device, dtype)
     tokenizer, path = None, folder / config.get("tokenizer_name", TOKENIZER_FILE)
     if "tokenizer_name" in config or path.exists():
-        tokenizer = load_tokenizer(path)
+        open(path, "rb").close()  # its OSError says what is wrong
+        try:
+            tokenizer = SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{path}: not a SentencePiece model ({error})") from None
     return Checkpoint(moshi, mimi, tokenizer, config)
 
 def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> None:
@@ -429,12 +398,12 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> None:
     save_moshi(moshi, folder / MOSHI_FILE)
     save_mimi(mimi, folder / MIMI_FILE)
     names = {"moshi_name": MOSHI_FILE, "mimi_name": MIMI_FILE, "mimi_config_name": MIMI_CONFIG_FILE}
+    config = {**config, **moshi.config.to_dict(), **names}
+    config.pop("tokenizer_name", None)  # it has the usual one, if it is there
     if tokenizer is not None:
-        names["tokenizer_name"] = TOKENIZER_FILE
         (folder / TOKENIZER_FILE).write_bytes(tokenizer.serialized_model_proto())
-    (folder / MIMI_CONFIG_FILE).write_text(json.dumps(mimi.config.to_dict(), indent=1) + "\n")
-    whole = {**config, **moshi.config.to_dict(), **names}
-    (folder / "config.json").write_text(json.dumps(whole, indent=1) + "\n")
+    for name, content in (("config.json", config), (MIMI_CONFIG_FILE, mimi.config.to_dict())):
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
 
 def load_moshi(path: str | Path, config: MoshiConfig | None = None, device="cpu",
                dtype: torch.dtype | None = torch.bfloat16) -> Moshi:
@@ -448,14 +417,6 @@ def save_moshi(moshi: Moshi, path: str | Path) -> None:
     """Writes the official file, in the dtype that the model has."""
     save_weights(moshi, path, MOSHI_NAMES)
 
-def load_tokenizer(path: Path) -> SentencePieceProcessor:
-    """The SentencePiece model in a file."""
-    open(path, "rb").close()  # its OSError says what is wrong
-    try:
-        return SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a SentencePiece model ({error})") from None
-
 def read_json(path: Path) -> dict:
     """The JSON object in a file."""
     try:
@@ -463,32 +424,26 @@ def read_json(path: Path) -> dict:
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON object ({error})") from None
 
-# As in mimi_min.MIMI_NAMES; '{k}' is the codebook, which has a tensor of its own in the file.
-MOSHI_NAMES = [
+MOSHI_NAMES = [  # as MIMI_NAMES; a codebook {k} has a tensor of its own in the file
     (r"^audio_embs", "emb"),  # emb.3.weight
     (r"^depth_decoder\.input_proj", "depformer_in.{k}.weight"),
     (r"^depth_decoder\.text_emb", "depformer_text_emb.weight"),
     (r"^depth_decoder\.audio_emb", "depformer_emb.{k}.weight"),
     (r"^depth_decoder\.output_proj", "linears.{k}.weight"),
     (r"^depth_decoder", "depformer"),  # depformer.layers.0.norm1.alpha
-    (r"^(depformer.*)\.in_proj$", r"\1.self_attn.in_proj_weight"),  # all codebooks stacked in one tensor
-    (r"^(depformer.*)\.out_proj$", r"\1.self_attn.out_proj.weight"),
+    (r"^(depformer.*)\.(in|out)_proj$", r"\1.attention.\2_proj.weight"),  # of all codebooks, stacked
     (r"^(depformer.*)\.(linear_in|linear_out)$", r"\1.gating.{k}.\2.weight"),
     *TRANSFORMER_NAMES,
     (r"\.feed_forward\.0", ".gating.linear_in"),  # transformer.layers.0.gating.linear_in.weight
-    (r"\.feed_forward\.2", ".gating.linear_out"),
-]
+    (r"\.feed_forward\.2", ".gating.linear_out")]
 
-# What config.json means where it leaves a key out.
-MOSHI_DEFAULTS = {
-    "dim": 128, "num_layers": None, "num_heads": 8, "kv_repeat": 1, "hidden_scale": 4, "context": None,
-    "max_period": 10000, "n_q": 8, "dep_q": 8, "card": 1024, "text_card": 32000, "delays": [0],
-    "existing_text_padding_id": 3, "existing_text_end_padding_id": 0, "depformer_dim": 256,
-    "depformer_num_heads": None, "depformer_dim_feedforward": 0, "norm": "layer_norm", "gating": "none",
-    "positional_embedding": "sin", "depformer_pos_emb": "sin", "depformer_multi_linear": False,
-    "depformer_weights_per_step": False}
-# What is the same in every Moshi, and cannot be anything else here.
-MOSHI_FIXED = {
+MOSHI_DEFAULTS = {  # what config.json means where it leaves a key out
+    "dim": 128, "num_heads": 8, "kv_repeat": 1, "hidden_scale": 4, "max_period": 10000, "n_q": 8, "dep_q": 8,
+    "card": 1024, "text_card": 32000, "delays": [0], "existing_text_padding_id": 3,
+    "existing_text_end_padding_id": 0, "depformer_dim": 256, "depformer_dim_feedforward": 0,
+    "norm": "layer_norm", "gating": "none", "positional_embedding": "sin", "depformer_pos_emb": "sin",
+    "depformer_multi_linear": False, "depformer_weights_per_step": False, "layer_scale": None}
+MOSHI_FIXED = {  # what is the same in every Moshi, and cannot be anything else here
     "causal": True, "norm": "rms_norm_f32", "gating": "silu", "layer_scale": None, "norm_emb": False,
     "positional_embedding": "rope", "depformer_gating": "silu", "depformer_norm": None, "bias_proj": False,
     "depformer_layer_scale": None, "depformer_pos_emb": "none", "depformer_multi_linear": True,
@@ -496,37 +451,33 @@ MOSHI_FIXED = {
     "depformer_low_rank_embeddings": None, "cross_attention": False, "demux_second_text_stream": False,
     "demux_second_stream": False, "extra_heads_num_heads": 0, "conditioners": {}, "lora": False,
     "quantize": False, "model_type": "moshi"}
-# What says nothing about the model.
-MOSHI_IGNORED = {
-    "extra_heads_dim", "fuser", "lora_name", "lora_rank", "lora_scaling", "gradient_checkpointing", "model_id",
-    "depformer_causal", "depformer_context", "depformer_max_period", "moshi_name", "mimi_name",
-    "mimi_config_name", "tokenizer_name", "lm_gen_config", "stt_config", "tts_config"}
+MOSHI_IGNORED = (  # what says nothing of the model
+    "extra_heads_dim", "fuser", "lora_name", "lora_rank", "lora_scaling", "gradient_checkpointing",
+    "depformer_causal", "depformer_context", "depformer_max_period", "moshi_name", "mimi_name", "model_id",
+    "mimi_config_name", "tokenizer_name", "lm_gen_config", "stt_config", "tts_config")
 
 def read_moshi(official: dict) -> MoshiConfig:
-    """A config from the official JSON."""
-    # The depth decoder inherits these where it has no key of its own.
-    inherited = {f"depformer_{key}": official.get(key, MOSHI_DEFAULTS.get(key, MOSHI_FIXED.get(key)))
-                 for key in ("num_layers", "kv_repeat", "gating", "layer_scale")}
-    given = {**MOSHI_DEFAULTS, **inherited, **official}
+    """A config from the official JSON. The depth decoder inherits what it has no key of its own for."""
+    given = {**MOSHI_DEFAULTS, **official}
+    for key in ("num_layers", "kv_repeat", "gating", "layer_scale"):
+        given.setdefault(f"depformer_{key}", given.get(key))
     if given["depformer_dim_feedforward"] == 0:
         given["depformer_dim_feedforward"] = int(given["hidden_scale"] * given["depformer_dim"])
-    sizes = {field.name: given[field.name] for field in dataclasses.fields(MoshiConfig)}
-    config = MoshiConfig(**sizes)
-    check_official(
-        {key: value for key, value in given.items() if key not in MOSHI_IGNORED}, {**MOSHI_FIXED, **sizes}, "config")
+    sizes = {field.name: given.get(field.name) for field in dataclasses.fields(MoshiConfig)}
+    config, ignored = MoshiConfig(**sizes), {key: given.get(key) for key in MOSHI_IGNORED}
+    check_official(given, {**MOSHI_FIXED, **ignored, **sizes}, "config")
     return config
 
 def write_moshi(config: MoshiConfig) -> dict:
     """The official JSON of a config: its sizes, and what a missing key would say otherwise."""
-    sizes = {**dataclasses.asdict(config), "delays": list(config.delays), "model_type": "moshi"}
-    said = (key for key in MOSHI_FIXED if key in MOSHI_DEFAULTS)
-    return {**sizes, **{key: MOSHI_FIXED[key] for key in said}}
+    said = {key: MOSHI_FIXED[key] for key in MOSHI_DEFAULTS if key in MOSHI_FIXED}
+    return {**dataclasses.asdict(config), "delays": list(config.delays), "model_type": "moshi", **said}
 
 def check_moshi_fits(config: MoshiConfig) -> None:
     """ValueError where sizes of a Moshi contradict each other."""
-    if len(config.delays) != config.n_q + 1 or config.dep_q > config.n_q:
-        raise ValueError(
-            f"config: n_q {config.n_q}, dep_q {config.dep_q}, delays {config.delays} do not fit each other")
+    n_q, dep_q, delays = config.n_q, config.dep_q, config.delays
+    if len(delays) != n_q + 1 or dep_q > n_q:
+        raise ValueError(f"config: n_q {n_q}, dep_q {dep_q}, delays {delays} do not fit each other")
     for part, pair in (("", 2), ("depformer_", 1)):  # rotary embedding turns pairs
         dim, heads, repeat = (getattr(config, part + name) for name in ("dim", "num_heads", "kv_repeat"))
         if dim % (pair * heads) or heads % repeat:
