@@ -1,4 +1,4 @@
-"""Draws lessons/grid.svg: the 17 streams of a conversation, from `python generate.py --tokens`."""
+"""Draws grid.svg: the 17 streams of a conversation, from `python generate.py --tokens`."""
 
 import subprocess
 import sys
@@ -6,9 +6,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from lab import EPAD, PAD, ROOT, decibels, read_wav, recording, tiny
 from matplotlib.colors import to_rgb
-from style import HERE, MOSHI, QUIET, TEXT, USER, plt, save
+
+from lessons.lab import EPAD, PAD, ROOT, decibels, read_wav, recording, tiny
+from lessons.pictures.style import HERE, MOSHI, QUIET, TEXT, USER, plt, save
 
 
 def draw(path: Path = HERE / "grid.svg") -> None:
@@ -67,7 +68,8 @@ def draw(path: Path = HERE / "grid.svg") -> None:
     axes.set_xlim(0, codes.shape[1] + 4)
     axes.set_ylim(16.6, -1.8)
     axes.set_xlabel(
-        "seconds (a column is a frame of 80 ms). Grey: PAD, the codes of silence; pale: other codes, but no sound; E: EPAD"
+        "seconds (a column is a frame of 80 ms). "
+        "Grey: PAD, the codes of silence; pale: other codes, but no sound; E: EPAD"
     )
     axes.tick_params(length=0)
     save(figure, path)
