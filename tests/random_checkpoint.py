@@ -1,7 +1,7 @@
 """A small random checkpoint in the official folder format: `python tests/random_checkpoint.py FOLDER`.
 
-It babbles. But everything in it matters: codebooks, usages, LayerScales and norms are random too, so that sound comes
-out and no part can be left away unnoticed. The official package opens the same folder.
+It babbles. But everything in it matters: codebooks, usages, LayerScales and norms are random too, so that
+sound comes out and no part can be left away unnoticed. The official package opens the same folder.
 """
 
 import argparse
@@ -17,20 +17,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mimi_min import Mimi, MimiConfig, official_names, save_mimi  # noqa: E402
-from moshi_min import (
-    MIMI_FILE,
-    MOSHI_FILE,
-    MOSHI_NAMES,
-    TOKENIZER_FILE,
-    Moshi,
-    MoshiConfig,  # noqa: E402
-    save_moshi,
-)
+from moshi_min import MIMI_FILE, MOSHI_FILE, MOSHI_NAMES, TOKENIZER_FILE, Moshi, MoshiConfig, save_moshi  # noqa: E402
 
-SENTENCES = """Hello, what can I do for you today? I am listening while I speak, and I speak while I am listening.
-The codec turns sound into a few small numbers, twelve and a half times a second, and back again.
-One transformer runs over time, a smaller one over the codebooks of a frame. A word comes just before its sound.
-Nothing here was ever trained, so please do not expect an answer that makes sense. It is only a random model."""
+SENTENCES = [
+    "Hello, what can I do for you today? I am listening while I speak, and I speak while I am listening.",
+    "The codec turns sound into a few small numbers, twelve and a half times a second, and back again.",
+    "One transformer runs over time, a smaller one over the codebooks of a frame. "
+    "A word comes just before its sound.",
+    "Nothing here was ever trained, so please do not expect an answer that makes sense. "
+    "It is only a random model.",
+]
 
 # The official Mimi configuration, sizes small; the rates are the released ones.
 MIMI = {
@@ -156,10 +152,10 @@ def random_moshi(config: MoshiConfig) -> Moshi:
 
 
 def make_tokenizer(path: Path, size: int) -> None:
-    """A SentencePiece model of `size` pieces, single bytes among them: unk 0, bos 1, eos 2, pad 3 as released."""
+    """SentencePiece with `size` pieces, single bytes among them: unk 0, bos 1, eos 2, pad 3 as released."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES.splitlines()),
+        sentence_iterator=iter(SENTENCES),
         model_writer=model,
         vocab_size=size,
         model_type="bpe",
@@ -182,7 +178,7 @@ def make_random_checkpoint(
     tokenizer: bool = True,
     **changes,
 ) -> Path:
-    """Writes the folder. `changes` are official keys of the language model; `released_mimi` takes Mimi's full size."""
+    """Writes the folder. `changes` are official keys of the LM; `released_mimi` takes Mimi's full size."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {**MOSHI, **changes}
@@ -206,7 +202,7 @@ def make_random_checkpoint(
 
 
 def make_full_checkpoint(folder) -> Path:
-    """Writes a folder in the released sizes, 7.69 B parameters in bfloat16 and no config.json, a tensor at a time."""
+    """Writes a folder of the released sizes, 7.69 B parameters in bfloat16, without config.json."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_mimi(random_mimi(MimiConfig()), folder / MIMI_FILE)

@@ -32,7 +32,7 @@ def test_lines_are_short(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_imports(name):
-    """Each file imports only the ones before it in reading order, the four packages, and the standard library."""
+    """Each file imports only the ones before it in reading order, the four packages, the standard library."""
     found = set()
     for node in ast.walk(ast.parse("\n".join(lines(name)))):
         if isinstance(node, ast.Import):
@@ -73,7 +73,7 @@ def test_docstrings(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_classes_stand_under_what_they_use(name):
-    """Reading order is dependency order: a top-level name is used in class bases and defaults only after it."""
+    """Reading order is dependency order: no class uses one that stands below it."""
     tree = ast.parse("\n".join(lines(name)))
     where = {
         node.name: node.lineno for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))

@@ -3,14 +3,15 @@
 
     python tools/convert_hf.py FOLDER OUT
 
-FOLDER holds config.json and model.safetensors, or shards with model.safetensors.index.json, as `save_pretrained`
-writes them for MoshiForConditionalGeneration (its Mimi is inside) or for MimiModel. OUT must be new or empty.
+FOLDER holds config.json and model.safetensors, or shards with model.safetensors.index.json, as Hugging Face's
+`save_pretrained` writes them for MoshiForConditionalGeneration (its Mimi is inside) or for MimiModel. OUT is
+a new or an empty folder.
 
 What differs:
 - the names, see the two tables below;
 - queries, keys and values are one tensor in the official files;
 - the depth decoder's weights are one tensor for each codebook there, and all stacked here;
-- the rows of rotary queries and keys, which Hugging Face orders for a rotation of halves instead of neighbours.
+- the rows of rotary queries and keys, which Hugging Face orders to rotate halves instead of neighbours.
 Every tensor keeps its dtype. They go through one by one, so that memory holds the largest of them only.
 """
 
@@ -39,9 +40,9 @@ from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, Moshi, MoshiConfig,
 MIMI_CONFIG_FILE = "mimi.json"
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what weights may be, and the bytes of a number
 
-# -------------------------------------------------------------------------------------------------------- tables
+# ----------------------------------------------------------------------------------------------------- tables
 
-# From an official name to Hugging Face's: each rule (pattern, replacement) in its turn. A '{k}' is the codebook.
+# From an official name to Hugging Face's: each rule (pattern, replacement) in turn. '{k}' is the codebook.
 MOSHI_NAMES = [
     (r"^text_emb", "decoder.model.embed_tokens"),
     (r"^emb", "embed_tokens"),
@@ -78,7 +79,7 @@ MIMI_NAMES = [
     (r"embedding_sum", "embed_sum"),
 ]
 
-# Hugging Face's config keys -> (field of our config, or the list of the values that can be converted; the default).
+# Hugging Face's config keys -> (field of our config, or a list of the values that can be converted; default).
 MIMI_KEYS = {
     "sampling_rate": ("sample_rate", 24000),
     "num_filters": ("filters", 64),
@@ -131,7 +132,7 @@ DEPTH_KEYS = {
     **BOTH_KEYS,
 }
 
-# ------------------------------------------------------------------------------------------------ configurations
+# --------------------------------------------------------------------------------------------- configurations
 
 
 def is_size(value) -> bool:
@@ -140,7 +141,7 @@ def is_size(value) -> bool:
 
 
 def read_config(given: dict, table: dict, what: str, heads_field: str) -> tuple[dict, float]:
-    """Fields of our config, and the rotary period, from a Hugging Face config; ValueError where that can't be."""
+    """Our config's fields, and the rotary period, from a Hugging Face config; ValueError if that can't be."""
     fields = read_keys({key: given[key] for key in table if given.get(key) is not None}, table, what)
     if bad := [name for name, value in fields.items() if name != "ratios" and not is_size(value)]:
         raise ValueError(f"{what}: {bad[0]} cannot be {fields[bad[0]]!r}, it must be a positive whole number")
@@ -154,7 +155,7 @@ def read_config(given: dict, table: dict, what: str, heads_field: str) -> tuple[
 
 
 def read_transformer(given: dict, heads: int, dim: int, default: int, what: str) -> tuple[int, int]:
-    """kv_repeat, and the official feed-forward width, two thirds of which are the hidden units (ffn_dim / 2)."""
+    """kv_repeat, and the official feed-forward width, of which two thirds are hidden units (ffn_dim / 2)."""
     kv_heads, ffn = given.get("num_key_value_heads") or heads, given.get("ffn_dim", default)
     if not is_size(kv_heads) or heads % kv_heads:
         raise ValueError(f"{what}: {kv_heads!r} key and value heads do not fit {heads} heads")
@@ -265,7 +266,7 @@ def moshi_config(given: dict, depth: dict, what: str) -> tuple[MoshiConfig, dict
     }
 
 
-# ------------------------------------------------------------------------------------------------------- weights
+# ---------------------------------------------------------------------------------------------------- weights
 
 
 class Piece(NamedTuple):
@@ -286,8 +287,11 @@ class Entry(NamedTuple):
 
 
 def table(model: Mimi | Moshi, official_rules: list, rules: list, prefix: str) -> list[Entry]:
-    """Where each tensor of the official file comes from. `model` is one of ours, on the meta device, and says how many
-    heads of which kind an attention has; `official_rules` make its names official, `rules` those Hugging Face's."""
+    """Where each tensor of the official file comes from.
+
+    `model` is one of ours, on the meta device, and says how many heads of which kind an attention has;
+    `official_rules` make its names official, `rules` make those Hugging Face's.
+    """
     entries, official = [], official_names(model, official_rules)
     for ours, empty in model.state_dict().items():
         name = theirs = official[ours]
@@ -347,7 +351,7 @@ def plan(entries: list[Entry], where: dict, folder: Path) -> list[str]:
 
 
 def write(path: Path, entries: list[Entry], dtypes: list[str], where: dict) -> None:
-    """A SafeTensors file: 8 bytes for the header's length, the header in JSON, then the tensors as they come."""
+    """A SafeTensors file: 8 bytes for the header's length, the header in JSON, the tensors as they come."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for entry, dtype in zip(entries, dtypes):
         start, end = end, end + DTYPES[dtype] * math.prod(entry.shape)
@@ -364,7 +368,7 @@ def write(path: Path, entries: list[Entry], dtypes: list[str], where: dict) -> N
             file.write(tensor.contiguous().view(torch.uint8).numpy())
 
 
-# --------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def read_json(path: Path) -> dict:
@@ -465,7 +469,8 @@ def convert(folder: Path, out: Path) -> str:
         shutil.rmtree(temporary, ignore_errors=True)
     said = f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}"
     if kind == "moshi" and not tokenizer:
-        said += f"\n{folder} has no SentencePiece file: put the model's {TOKENIZER_FILE} there, or text is token ids"
+        said += f"\n{folder} has no SentencePiece file: put the model's {TOKENIZER_FILE} there, or text "
+        said += "is token ids"
     return said
 
 
