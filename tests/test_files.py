@@ -31,6 +31,15 @@ def test_lines_are_short(name):
 
 
 @pytest.mark.parametrize("name", FILES)
+def test_functions_are_short(name):
+    """A function fits on a screen: at most 45 lines, its docstring among them."""
+    tree = ast.parse("\n".join(lines(name)))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    long = [node.name for node in functions if node.end_lineno - node.lineno >= 45]
+    assert not long, f"{name}: more than 45 lines in {long}"
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_imports(name):
     """Each file imports only the ones before it in reading order, the four packages, the standard library."""
     found = set()
