@@ -42,9 +42,8 @@ def arguments():
     parser.add_argument("--only", choices=["mimi", "moshi", "memory"])
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--rounds", type=int, help="measurements of each, after a first one that is dropped")
-    parser.add_argument(
-        "--measure", help=argparse.SUPPRESS
-    )  # the child process: "ours moshi", "official mimi", ...
+    # for the child processes: "ours moshi", "official mimi", ...
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -270,11 +270,11 @@ def moshi_config(given: dict, depth: dict, what: str) -> tuple[MoshiConfig, dict
 
 
 class Piece(NamedTuple):
-    """A Hugging Face tensor, or its part `index` along the first axis, that goes into an official one."""
+    """A Hugging Face tensor, or its part `row` along the first axis, that goes into an official one."""
 
     name: str
     shape: list[int]  # of the whole tensor in the file
-    index: int | None
+    row: int | None
     rotary_heads: int  # 0, or the rows of each head go from two halves into neighbouring pairs
 
 
@@ -300,9 +300,8 @@ def table(model: Mimi | Moshi, official_rules: list, rules: list, prefix: str) -
         each, shape = "{k}" in name, list(empty.shape)
         for k in range(shape[0]) if each else [0]:
             inner = shape[1:] if each else shape
-            stacked = (
-                shape[:1] if each and "{k}" not in theirs else []
-            )  # Hugging Face has all codebooks in one
+            # Hugging Face has all codebooks in one tensor, unless it has a module for each.
+            stacked = shape[:1] if each and "{k}" not in theirs else []
             rows = {"": inner}
             if "[qkv]" in theirs:
                 c, depth = model.config, each
@@ -329,7 +328,7 @@ def table(model: Mimi | Moshi, official_rules: list, rules: list, prefix: str) -
 
 def plan(entries: list[Entry], where: dict, folder: Path) -> list[str]:
     """Checks that every piece is there and has the right shape; returns the dtype of each entry."""
-    dtypes = []
+    dtypes: list[str] = []
     for entry in entries:
         kinds = set()
         for piece in entry.pieces:
@@ -352,7 +351,8 @@ def plan(entries: list[Entry], where: dict, folder: Path) -> list[str]:
 
 def write(path: Path, entries: list[Entry], dtypes: list[str], where: dict) -> None:
     """A SafeTensors file: 8 bytes for the header's length, the header in JSON, the tensors as they come."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for entry, dtype in zip(entries, dtypes):
         start, end = end, end + DTYPES[dtype] * math.prod(entry.shape)
         header[entry.name] = {"dtype": dtype, "shape": entry.shape, "data_offsets": [start, end]}
@@ -362,7 +362,7 @@ def write(path: Path, entries: list[Entry], dtypes: list[str], where: dict) -> N
         file.write(len(text).to_bytes(8, "little") + text)
         for piece in (piece for entry in entries for piece in entry.pieces):
             stored = where[piece.name].get_slice(piece.name)
-            tensor = stored[:] if piece.index is None else stored[piece.index]
+            tensor = stored[:] if piece.row is None else stored[piece.row]
             if piece.rotary_heads:  # [heads, halves, pairs, in] -> [heads, pairs, halves, in]
                 tensor = tensor.unflatten(0, (piece.rotary_heads, 2, -1)).transpose(1, 2)
             file.write(tensor.contiguous().view(torch.uint8).numpy())
@@ -390,8 +390,8 @@ def open_files(folder: Path) -> dict:
             raise ValueError(
                 f"{folder}: neither {names[0]} nor {index.name} is there, and nothing else is read"
             )
-        names = read_json(index).get("weight_map")
-        names = list(names.values()) if isinstance(names, dict) else []
+        weight_map = read_json(index).get("weight_map")
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
         if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise ValueError(f"{index}: it has no weight_map with the names of the files")
     where = {}

@@ -15,35 +15,17 @@ from lessons.pictures.style import HERE, MOSHI, QUIET, TEXT, USER, plt, save
 def draw(path: Path = HERE / "grid.svg") -> None:
     """Runs the program on the counting conversation and draws what it saved."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [
-                sys.executable,
-                str(ROOT / "generate.py"),
-                str(ROOT / "tiny" / "count.wav"),
-                "--extra-seconds",
-                "3",
-                "-o",
-                f"{folder}/a.wav",
-                "--tokens",
-                f"{folder}/run.npz",
-            ],
-            check=True,
-            capture_output=True,
-        )
+        command = [sys.executable, ROOT / "generate.py", ROOT / "tiny" / "count.wav", "--extra-seconds", "3"]
+        files = ["-o", f"{folder}/a.wav", "--tokens", f"{folder}/run.npz"]
+        subprocess.run([*command, *files], check=True, capture_output=True)
         codes = np.load(f"{folder}/run.npz")["codes"]
         voice, _ = read_wav(Path(folder) / "a.wav")
     loud = [(decibels(sound) > -45).numpy() for sound in (voice, recording("count.wav", 3))]
     tokenizer = tiny().tokenizer
-    silence = [
-        np.bincount(row[row >= 0]).argmax() for row in codes
-    ]  # the commonest code of a stream is its silence
-    names = (
-        ["text"]
-        + ["Moshi: semantic"]
-        + [f"acoustic {k}" for k in range(1, 8)]
-        + ["user: semantic"]
-        + [f"acoustic {k}" for k in range(1, 8)]
-    )
+    # The commonest code of a stream is its silence.
+    silence = [np.bincount(row[row >= 0]).argmax() for row in codes]
+    acoustic = [f"acoustic {k}" for k in range(1, 8)]
+    names = ["text", "Moshi: semantic", *acoustic, "user: semantic", *acoustic]
     figure, axes = plt.subplots(figsize=(11, 5.2))
     picture = np.ones((*codes.shape, 3))
     for row, colour in enumerate([TEXT] + 8 * [MOSHI] + 8 * [USER]):
