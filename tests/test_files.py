@@ -1,6 +1,7 @@
 """The house rules of the three files: their length, their lines, their imports, their docstrings."""
 
 import ast
+import re
 import sys
 
 import pytest
@@ -96,3 +97,9 @@ def test_classes_stand_under_what_they_use(name):
                 if where.get(inner.func.id, 0) > node.lineno and inner.func.id[0].isupper():
                     early.append(f"{node.name} uses {inner.func.id}")
     assert not early, f"{name}: {early}"
+
+
+def test_version():
+    """The newest version in CHANGELOG.md is the one in pyproject.toml, where alone the code has it."""
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    assert re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[0] == version
