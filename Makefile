@@ -1,18 +1,25 @@
 # make demo   a virtual environment, the packages, and `python generate.py`
-# make test   the same environment plus the reference implementations, then the tests
+# make test   the same environment plus the reference implementations, then `make lint` and the tests
+# make lint   ruff: the rules and the layout, as pyproject.toml sets them
 # make clean  removes the environment
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check
+# The official package asks for older versions of torch and numpy than the ones here, but runs with these: it is
+# installed last and without its dependencies, which requirements-test.txt names.
 MOSHI := moshi==0.2.13 'sphn<0.3'
 
-.PHONY: demo test clean
+.PHONY: demo test lint clean
 demo: $(VENV)/.run-installed
 	$(PY) generate.py
 
-test: $(VENV)/.test-installed
+test: lint
 	$(PY) -m pytest -q
+
+lint: $(VENV)/.test-installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
@@ -22,11 +29,10 @@ $(VENV)/.run-installed: requirements.txt | $(PY)
 	$(PIP) -r requirements.txt
 	touch $@
 
-# Torch comes first, and the official package without its dependencies: it would pull an older torch.
 # requirements.txt is named again as a constraint, so that nothing moves what it pins.
 $(VENV)/.test-installed: requirements-test.txt $(VENV)/.run-installed
-	$(PIP) --no-deps $(MOSHI)
 	$(PIP) -r requirements-test.txt -c requirements.txt
+	$(PIP) --no-deps $(MOSHI)
 	touch $@
 
 clean:

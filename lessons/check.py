@@ -8,15 +8,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mimi_min import CausalConv1d, Mimi, MimiConfig, ResidualQuantizer, official_names  # noqa: E402
-from moshi_min import (
-    MOSHI_NAMES,
-    DepthDecoder,
-    Moshi,
-    MoshiConfig,
-    delay,
-    gated_width,  # noqa: E402
-    sample,
-)
+from moshi_min import MOSHI_NAMES, DepthDecoder, Moshi, MoshiConfig, delay, gated_width, sample  # noqa: E402
 
 SMALL = {
     "dim": 32,
@@ -54,7 +46,8 @@ def lesson_2(my):
 
 
 def lesson_3(my):
-    assert my.receptive_field([(7, 1)]) == 7 and my.receptive_field([(3, 1), (3, 1)]) == 5
+    assert my.receptive_field([(7, 1)]) == 7, "a kernel of 7 sees 7 samples"
+    assert my.receptive_field([(3, 1), (3, 1)]) == 5, "two kernels of 3 see 5 samples"
     mimi = Mimi(
         MimiConfig(
             n_filters=2,
@@ -107,7 +100,7 @@ def lesson_6(my):
 
 
 def lesson_7(my):
-    assert my.put_words([(2, [11])], 5).tolist() == [3, 0, 11, 3, 3]
+    assert my.put_words([(2, [11])], 5).tolist() == [3, 0, 11, 3, 3], "EPAD, the token, PAD elsewhere"
     assert my.put_words([(0, [11, 12]), (2, [13]), (5, [14])], 7).tolist() == [11, 12, 13, 3, 0, 14, 3], (
         "no EPAD where a token stands, none before the first frame"
     )

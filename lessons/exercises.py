@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def first_word(text: Tensor) -> int | None:
-    """Lesson 0. The frame of the first word in a text stream [F], None if there is none. PAD is 3, EPAD is 0."""
+    """Lesson 0. The frame of the first word in a text stream [F], or None. PAD is 3, EPAD is 0."""
     raise NotImplementedError
 
 
@@ -25,33 +25,33 @@ def receptive_field(layers: list[tuple[int, int]]) -> int:
 
 
 def residual_quantize(x: Tensor, codebooks: list[Tensor]) -> Tensor:
-    """Lesson 4. x [F, dim], codebooks [size, dim] each -> codes [K, F]: each quantizes what those before left."""
+    """Lesson 4. x [F, dim], codebooks [size, dim] each -> codes [K, F]: each quantizes what is left to it."""
     raise NotImplementedError
 
 
 def slot_positions(last: int, ring_size: int) -> Tensor:
-    """Lesson 5. The position in each slot of a ring once positions 0 .. last are written, -1 where it is empty."""
+    """Lesson 5. The position in each slot of a ring once positions 0 .. last are written, -1 if empty."""
     raise NotImplementedError
 
 
 def helium_parameters(dim: int, layers: int, hidden: int, kv_repeat: int) -> int:
-    """Lesson 6. Weights in Helium's layers: attention, SwiGLU of width `hidden` and two norms each; no biases."""
+    """Lesson 6. Weights in Helium's layers: attention, SwiGLU of width `hidden`, two norms; no biases."""
     raise NotImplementedError
 
 
 def put_words(words: list[tuple[int, list[int]]], frames: int) -> Tensor:
-    """Lesson 7. [(frame where it starts, its tokens), ...] -> the text stream [frames]: a token a frame, EPAD (0)
-    in the frame before a word unless a token is there, PAD (3) elsewhere."""
+    """Lesson 7. [(frame where it starts, its tokens), ...] -> the text stream [frames]: a token a frame,
+    EPAD (0) in the frame before a word unless a token is there, PAD (3) elsewhere."""
     raise NotImplementedError
 
 
 def depth_inputs(text: Tensor, audio: Tensor) -> Tensor:
-    """Lesson 8. text [N], audio [K, N] -> [K, N]: the token that the depth decoder reads before each codebook."""
+    """Lesson 8. text [N], audio [K, N] -> [K, N]: the token that the depth decoder reads before each code."""
     raise NotImplementedError
 
 
 def delayed(codes: Tensor, delays: list[int], initial: Tensor) -> Tensor:
-    """Lesson 9. codes [K, F] -> the same shape, stream k shifted right by delays[k], initial[k] in the gap."""
+    """Lesson 9. codes [K, F] -> as large: stream k shifted right by delays[k], initial[k] in the gap."""
     raise NotImplementedError
 
 
@@ -61,8 +61,8 @@ def top_k_probabilities(logits: Tensor, temp: float, top_k: int) -> Tensor:
 
 
 def text_loss(logits: Tensor, targets: Tensor, padding_weight: float) -> Tensor:
-    """Lesson 11. logits [F, V], targets [F], -1 where unknown -> the weighted mean of the cross-entropies: PAD (3)
-    and EPAD (0) weigh `padding_weight`, words 1, unknown frames nothing."""
+    """Lesson 11. logits [F, V], targets [F], -1 where unknown -> the weighted mean of the cross-entropies:
+    PAD (3) and EPAD (0) weigh `padding_weight`, words 1, unknown frames nothing."""
     raise NotImplementedError
 
 

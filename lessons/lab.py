@@ -1,18 +1,15 @@
-"""What the experiments of LESSONS.md share: the tiny checkpoint, its recordings, the loop, and two measures."""
+"""What the experiments of LESSONS.md share: the tiny checkpoint, its recordings, the loop, two measures."""
 
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from generate import converse, read_wav
+from moshi_min import Checkpoint, MoshiGen, load_checkpoint
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from generate import converse, read_wav  # noqa: E402
-from moshi_min import Checkpoint, MoshiGen, load_checkpoint  # noqa: E402
-
 FRAME, RATE = 1920, 24000  # samples in a frame, samples a second
 PAD, EPAD = 3, 0  # of the text stream
 
@@ -38,8 +35,8 @@ def talk(
 ) -> tuple[Tensor, Tensor]:
     """The duplex loop of lesson 10: sound [1, 1, T] -> tokens [9, F] and Moshi's sound [F * 1920].
 
-    Greedy, or drawn with a `seed`. `text` forces a text token at each step, -2 leaves it free. `change` gets the
-    user's codes [1, 8, 1] of each frame and returns what Moshi hears in their place.
+    Greedy, or drawn with a `seed`. `text` forces a text token at each step, -2 leaves it free. `change` gets
+    the user's codes [1, 8, 1] of each frame and returns what Moshi hears in their place.
     """
     torch.manual_seed(seed or 0)
     gen = MoshiGen(checkpoint.moshi, greedy=seed is None, **checkpoint.config["lm_gen_config"])
@@ -55,12 +52,12 @@ def words(checkpoint: Checkpoint, text: Tensor) -> str:
 
 
 def decibels(sound: Tensor, block: int = FRAME) -> Tensor:
-    """Loudness of each frame (or block) of sound [T]: its RMS in dB of full scale, -180 for digital silence."""
+    """Loudness of each frame (or block) of sound [T]: its RMS in dB of full scale, -180 for silence."""
     return 20 * torch.log10(sound.flatten().unfold(0, block, block).pow(2).mean(1).sqrt() + 1e-9)
 
 
 def distance(x: Tensor, y: Tensor) -> float:
-    """How different two sounds are: the mean difference of their spectra's levels in dB, where one is over -70 dB."""
+    """How different two sounds are: the mean difference of their levels in dB, where one is over -70 dB."""
     levels = []
     for sound in (x, y):
         bins = torch.stft(sound.flatten(), 1024, 256, window=torch.hann_window(1024), return_complex=True)

@@ -1,8 +1,8 @@
-"""Runs every block of LESSONS.md and rewrites the outputs under them: `python lessons/refresh.py [LESSON] [--pictures]`.
+"""Runs the blocks of LESSONS.md and rewrites what they print: `python lessons/refresh.py [LESSON]`.
 
-A ```python block is run in the namespace of its lesson, as if pasted into one Python session; a ```sh block by the
-shell. What it prints stands in the ```text block under it, if there is one. With a lesson's number only that one is
-run. `--pictures` draws all pictures anew first.
+A ```python block is run in its lesson's namespace, as if pasted into one Python session; a ```sh block by the
+shell. What it prints stands in the ```text block under it, if there is one. With a lesson's number only that
+lesson is run. `--pictures` draws all pictures anew first.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.pictures:
         for name in PICTURES:
-            subprocess.run([sys.executable, str(ROOT / "lessons" / f"{name}.py")], check=True)
+            subprocess.run([sys.executable, "-m", f"lessons.pictures.{name}"], cwd=ROOT, check=True)
     text, new, end = LESSONS.read_text(), "", 0
     for block, printed in run_blocks([b for b in read_blocks(text) if args.lesson in (None, b.lesson)]):
         print(f"lesson {block.lesson}: {len(printed.splitlines())} lines", file=sys.stderr)

@@ -1,11 +1,12 @@
 """Times and memory, ours beside the official package: `python tests/bench.py [--full] [--device cuda]`.
 
-Both run in this process on the same weights, by turns and in alternating order, so that a busy machine slows both.
-A row gives the medians in milliseconds and ours over theirs. Nothing is asserted: numbers depend on the machine.
+Both run in this process on the same weights, by turns and in alternating order, so that a busy machine slows
+both. A row gives the medians in milliseconds and ours over theirs. Nothing is asserted: numbers depend on the
+machine.
 
   Mimi   the released size with random weights: encode and decode of 10 s at once, and by the frame of 80 ms
-  Moshi  milliseconds a step; a small shape, or with --full the 7B's (bfloat16; both models share one set of weights:
-         15.4 GB, and 1.6 GB of ring for each), with a nearly empty and with a full window
+  Moshi  milliseconds a step, with a nearly empty and with a full window; a small shape, or with --full the
+         7B's (bfloat16; both models share one set of weights: 15.4 GB, and 1.6 GB of ring for each)
   memory the peak of a process that makes the model and runs a few steps, one process for each
 """
 
@@ -41,9 +42,8 @@ def arguments():
     parser.add_argument("--only", choices=["mimi", "moshi", "memory"])
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--rounds", type=int, help="measurements of each, after a first one that is dropped")
-    parser.add_argument(
-        "--measure", help=argparse.SUPPRESS
-    )  # the child process: "ours moshi", "official mimi", ...
+    # for the child processes: "ours moshi", "official mimi", ...
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -90,7 +90,7 @@ def row(name, ours, official, ratio):
     print(f"| {name:<44} | {ours:>10} | {official:>10} | {ratio:>5.2f} |", flush=True)
 
 
-# ---- Mimi ------------------------------------------------------------------------------------------------------
+# ---- Mimi --------------------------------------------------------------------------------------------------
 
 
 def make_mimi():
@@ -128,7 +128,7 @@ def bench_mimi():
         )
 
 
-# ---- Moshi -----------------------------------------------------------------------------------------------------
+# ---- Moshi -------------------------------------------------------------------------------------------------
 
 
 def moshi_config():
@@ -152,7 +152,7 @@ def make_moshi():
     with torch.device("meta"):
         moshi = Moshi(MoshiConfig.from_dict(config)).to(dtype)
     moshi = moshi.to_empty(device=args.device).eval().requires_grad_(False)
-    for name, parameter in moshi.named_parameters():
+    for parameter in moshi.parameters():
         if parameter.dim() == 3 and parameter.shape[:2] == (1, 1):
             parameter.fill_(1.0)  # a norm
         else:
@@ -214,7 +214,7 @@ def bench_moshi():
 
 
 def floor(moshi):
-    """On a GPU a step can't be faster than reading the weights once: their bytes over the bandwidth of a copy."""
+    """On a GPU a step can't be faster than reading the weights once: their bytes over a copy's bandwidth."""
     embeddings = sum(p.nbytes for n, p in moshi.named_parameters() if "emb" in n)
     weights = sum(p.nbytes for p in moshi.parameters()) - embeddings
     source = torch.empty(1 << 30, dtype=torch.uint8, device=args.device)
@@ -233,12 +233,12 @@ def floor(moshi):
     )
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------
+# ---- memory ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def measure(who, what):
-    """In a process of its own: make one model, run it for 20 steps (5 at the full shape), print the peak in bytes."""
+    """In a process of its own: make one model, run 20 steps (5 at the 7B shape), print the peak in bytes."""
     if what == "mimi":
         ours, official = make_mimi()
         pcm = torch.randn(1, 1, 240000, device=args.device) * 0.1
@@ -291,14 +291,14 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.measure:
-        return measure(*args.measure.split())
+        measure(*args.measure.split())
+        return
     place = (
         torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )
     print(f"torch {torch.__version__}, {place}\n")
-    print(
-        f"| {'':<44} | {'ours':>10} | {'official':>10} | {'ratio':>5} |\n|{'-' * 46}|{'-' * 12}|{'-' * 12}|{'-' * 7}|"
-    )
+    print(f"| {'':<44} | {'ours':>10} | {'official':>10} | {'ratio':>5} |")
+    print(f"|{'-' * 46}|{'-' * 12}|{'-' * 12}|{'-' * 7}|")
     for name, function in (("mimi", bench_mimi), ("moshi", bench_moshi), ("memory", bench_memory)):
         if args.only in (None, name):
             function()

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-# The official package compiles and captures on CUDA by itself; the reference stays eager, so that it is plain.
+# The official package compiles and captures on CUDA by itself; as the reference it stays eager and plain.
 os.environ.setdefault("NO_TORCH_COMPILE", "1")
 os.environ.setdefault("NO_CUDA_GRAPH", "1")
 torch.backends.cuda.matmul.allow_tf32 = False

@@ -1,7 +1,7 @@
 """A small random checkpoint in the official folder format: `python tests/random_checkpoint.py FOLDER`.
 
-It babbles. But everything in it matters: codebooks, usages, LayerScales and norms are random too, so that sound comes
-out and no part can be left away unnoticed. The official package opens the same folder.
+It babbles. But everything in it matters: codebooks, usages, LayerScales and norms are random too, so that
+sound comes out and no part can be left away unnoticed. The official package opens the same folder.
 """
 
 import argparse
@@ -28,10 +28,14 @@ from moshi_min import (  # noqa: E402
     save_checkpoint,
 )
 
-SENTENCES = """Hello, what can I do for you today? I am listening while I speak, and I speak while I am listening.
-The codec turns sound into a few small numbers, twelve and a half times a second, and back again.
-One transformer runs over time, a smaller one over the codebooks of a frame. A word comes just before its sound.
-Nothing here was ever trained, so please do not expect an answer that makes sense. It is only a random model."""
+SENTENCES = [
+    "Hello, what can I do for you today? I am listening while I speak, and I speak while I am listening.",
+    "The codec turns sound into a few small numbers, twelve and a half times a second, and back again.",
+    "One transformer runs over time, a smaller one over the codebooks of a frame. "
+    "A word comes just before its sound.",
+    "Nothing here was ever trained, so please do not expect an answer that makes sense. "
+    "It is only a random model.",
+]
 
 # Sizes are small; rates, streams and delays are the released ones.
 MIMI = MimiConfig(
@@ -107,10 +111,10 @@ def random_moshi(config: MoshiConfig) -> Moshi:
 
 
 def make_tokenizer(size: int) -> sentencepiece.SentencePieceProcessor:
-    """A SentencePiece model of `size` pieces, single bytes among them: unk 0, bos 1, eos 2, pad 3 as released."""
+    """SentencePiece with `size` pieces, single bytes among them: unk 0, bos 1, eos 2, pad 3 as released."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES.splitlines()),
+        sentence_iterator=iter(SENTENCES),
         model_writer=model,
         vocab_size=size,
         model_type="bpe",
@@ -127,10 +131,7 @@ def make_tokenizer(size: int) -> sentencepiece.SentencePieceProcessor:
 def make_random_checkpoint(
     folder, released_mimi: bool = False, seed: int = 0, settings: dict | None = None, tokenizer=True, **sizes
 ) -> Path:
-    """Writes the folder. `sizes` are fields of MoshiConfig, `settings` more of config.json (`lm_gen_config`, ...).
-
-    `released_mimi` takes Mimi's full size.
-    """
+    """Writes the folder. `sizes` are fields of MoshiConfig, `settings` other entries of config.json."""
     mimi_config = MimiConfig() if released_mimi else MIMI
     config = dataclasses.replace(MOSHI, card=mimi_config.bins, **sizes)
     with torch.random.fork_rng():
@@ -142,7 +143,7 @@ def make_random_checkpoint(
 
 
 def make_full_checkpoint(folder) -> Path:
-    """Writes a folder in the released sizes, 7.69 B parameters in bfloat16 and no config.json, a tensor at a time."""
+    """Writes a folder of the released sizes, 7.69 B parameters in bfloat16, without config.json."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_mimi(random_mimi(MimiConfig()), folder / MIMI_FILE)

@@ -1,8 +1,9 @@
 """The official models as references: randomised so that nothing in them is hidden, and written to files.
 
-A default-initialised official model proves nothing: its codebooks are zero, its LayerScales 0.01, its norms one.
-So every parameter and buffer gets a random value of a size that matters in the output. Our models always come out
-of a file that the official model's state dict was saved to, so that each test also goes through the loader.
+A default-initialised official model proves nothing: its codebooks are zero, its LayerScales 0.01, its norms
+one. So every parameter and buffer gets a random value of a size that matters in the output. Our models always
+come out of a file that the official model's state dict was saved to, so that each test also goes through the
+loader.
 """
 
 import copy
@@ -21,7 +22,7 @@ os.environ.setdefault("NO_CUDA_GRAPH", "1")
 
 
 def require(name):
-    """Import a reference package. Where it is missing: an error under CI, elsewhere a skip of the whole file."""
+    """Import a reference package. Where it is missing: an error under CI, elsewhere the file is skipped."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -37,7 +38,7 @@ loaders = require("moshi.models.loaders")
 sampling = require("moshi.utils.sampling")
 LMGen = require("moshi.models.lm").LMGen
 
-# ---- configurations --------------------------------------------------------------------------------------------
+# ---- configurations ----------------------------------------------------------------------------------------
 
 
 def mimi_config(
@@ -190,7 +191,7 @@ LM = {
     "two_own": lm_config(n_q=3, dep_q=2, delays=[0, 1, 0, 2], depformer_context=2),
 }
 
-# ---- random weights --------------------------------------------------------------------------------------------
+# ---- random weights ----------------------------------------------------------------------------------------
 
 
 def _uniform(tensor, low, high, generator):
@@ -232,7 +233,7 @@ def randomise(model, seed):
             )
             value = _normal(tensor, gain / math.sqrt(tensor[0].numel()), generator)
         tensor.copy_(value)
-    for name, module in model.named_modules():
+    for module in model.modules():
         if hasattr(module, "embedding_sum"):
             usage = module.cluster_usage.clamp(min=1e-5).cpu()
             centroids = _normal(module.embedding_sum, 1.0, generator)
@@ -268,11 +269,11 @@ def official_lm(config, seed=0, device="cpu", dtype=torch.float32):
     return randomise(lm, seed).to(device=device, dtype=dtype).eval()
 
 
-# ---- files -----------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def old_names(state):
-    """The same tensors under the older names of the released files: attention projections stacked in one tensor."""
+    """The same tensors under the older names of the released files: attention projections in one tensor."""
     out, stacks = {}, {}
     for name, tensor in state.items():
         for new, old in (
@@ -306,7 +307,7 @@ def official_tensors(model, save_function, path, what=lambda parameter: paramete
     return load_file(path)
 
 
-# ---- comparing -------------------------------------------------------------------------------------------------
+# ---- comparing ---------------------------------------------------------------------------------------------
 
 MEASURED = {}  # (test, what): the largest of all its comparisons, told at the end of the run
 
@@ -342,8 +343,8 @@ TIE = 1e-5  # two centroids are a tie when their distances differ by less than t
 def same_codes(ours, theirs, official, latent, most=0.01):
     """Codes [B, K, F] agree but for ties: `latent` [B, D, F] is what the official package quantized.
 
-    Where they first differ in a frame (codebooks after that one differ rightly), both candidates' distances to the
-    official residual are computed in float64 and must be as good as equal. Returns the number of ties.
+    Where they first differ in a frame (codebooks after that one differ rightly), both candidates' distances
+    to the official residual are computed in float64 and must be as good as equal. Returns the number of ties.
     """
     assert ours.shape == theirs.shape
     quantizer, ties = official.quantizer, 0
@@ -357,8 +358,9 @@ def same_codes(ours, theirs, official, latent, most=0.01):
             far, near = (residual - a).norm(dim=-1), (residual - b).norm(dim=-1)
             gap = ((far - near).abs() / near)[new]
             assert (gap < TIE).all(), (
-                f"codebook {first + k}: {int((gap >= TIE).sum())} codes differ and are no ties, first at (batch, frame)"
-                f" {new.nonzero()[gap >= TIE][0].tolist()}, distances apart by {gap.max():.1e} of the smaller"
+                f"codebook {first + k}: {int((gap >= TIE).sum())} codes differ and are no ties, "
+                f"first at (batch, frame) {new.nonzero()[gap >= TIE][0].tolist()}, "
+                f"distances apart by {gap.max():.1e} of the smaller"
             )
             ties, differed, residual = ties + int(new.sum()), differed | new, residual - b
     measured("ties, share of the codes", ties / ours.numel())
@@ -366,7 +368,7 @@ def same_codes(ours, theirs, official, latent, most=0.01):
     return ties
 
 
-# ---- the official sampler, watched and led ------------------------------------------------------------------------
+# ---- the official sampler, watched and led -----------------------------------------------------------------
 
 
 class ForcedLMGen(LMGen):
@@ -402,7 +404,7 @@ class ForcedLMGen(LMGen):
 
 @contextmanager
 def watched():
-    """Record what the official sampler draws from: a list of (probabilities or logits [B, n], k or None, RNG state)."""
+    """List what the official sampler draws from: (probabilities or logits [B, n], k or None, RNG state)."""
     draws, top_k, token = [], sampling.sample_top_k, sampling.sample_token
 
     def watched_top_k(probs, k):
@@ -428,8 +430,8 @@ def watched():
 def is_tie(draw, row, token, epsilon):
     """Could rounding of relative size `epsilon` have made this draw (of `watched`) give `token`?
 
-    Greedy: its logit is the best one's. Sampled: it wins when near-equal neighbours in the ranking swap their places
-    (the noise goes by rank), or its quotient p / noise is the best one's.
+    Greedy: its logit is the best one's. Sampled: it wins when near-equal neighbours in the ranking swap their
+    places (the noise goes by rank), or its quotient p / noise is the best one's.
     """
     values, k, rng = draw
     if k is None:
@@ -450,14 +452,14 @@ def is_tie(draw, row, token, epsilon):
     return token in near
 
 
-# ---- the training loss ------------------------------------------------------------------------------------------
+# ---- the training loss -------------------------------------------------------------------------------------
 
 
 def finetune_loss(output, codes, lm, text_padding_weight=0.5, first_codebook_weight=100.0):
     """The loss of moshi-finetune on an official LMOutput: returns (text, audio), to be added.
 
-    Each is a weighted mean of cross-entropies over the valid targets: a text token that is padding (PAD or EPAD)
-    counts `text_padding_weight`, one of the first codebook `first_codebook_weight`, any other 1.
+    Each is a weighted mean of cross-entropies over the valid targets: a text token that is padding (PAD or
+    EPAD) counts `text_padding_weight`, one of the first codebook `first_codebook_weight`, any other 1.
     """
 
     def mean(logits, mask, target, weight):

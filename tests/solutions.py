@@ -83,9 +83,8 @@ def text_loss(logits, targets, padding_weight):
 
 def official_name(ours):
     ours = re.sub(r"\.attention\.(in|out)_proj\.", r".self_attn.\1_projs.0.", ours)
-    return ours.replace(".feed_forward.0", ".gating.linear_in").replace(
-        ".feed_forward.2", ".gating.linear_out"
-    )
+    ours = ours.replace(".feed_forward.0", ".gating.linear_in")
+    return ours.replace(".feed_forward.2", ".gating.linear_out")
 
 
 def _without_epad(words, frames):
@@ -100,25 +99,15 @@ def _no_residual(x, codebooks):
 WRONG = {
     lesson: SimpleNamespace(**function)
     for lesson, function in {
-        0: {
-            "first_word": lambda text: int((text != 3).nonzero()[0]) if (text != 3).any() else None
-        },  # EPAD a word
+        # EPAD a word
+        0: {"first_word": lambda text: int((text != 3).nonzero()[0]) if (text != 3).any() else None},
         1: {"bits_per_second": lambda codebooks, size, frame_rate: codebooks * frame_rate * 11},
-        2: {
-            "causal_conv": lambda x, weight: F.conv1d(F.pad(x, (weight.shape[-1] // 2,) * 2), weight)[
-                ..., : x.shape[-1]
-            ]
-        },
-        3: {
-            "receptive_field": lambda layers: 1 + sum(kernel - 1 for kernel, _ in layers)
-        },  # strides forgotten
+        2: {"causal_conv": lambda x, weight: F.conv1d(x, weight, padding="same")},  # looks ahead
+        3: {"receptive_field": lambda layers: 1 + sum(kernel - 1 for kernel, _ in layers)},  # no strides
         4: {"residual_quantize": _no_residual},
         5: {"slot_positions": lambda last, ring_size: last - (last - torch.arange(ring_size)) % ring_size},
-        6: {
-            "helium_parameters": lambda dim, layers, hidden, kv_repeat: (
-                layers * (4 * dim * dim + 3 * dim * hidden + 2 * dim)
-            )
-        },  # keys and values are fewer
+        # as many keys and values as queries
+        6: {"helium_parameters": lambda dim, layers, hidden, _: layers * dim * (4 * dim + 3 * hidden + 2)},
         7: {"put_words": _without_epad},
         8: {"depth_inputs": lambda text, audio: audio},  # each codebook would read itself
         9: {

@@ -1,8 +1,8 @@
-"""tools/convert_hf.py: random Hugging Face models of odd sizes, saved, converted, and compared with what comes out.
+"""tools/convert_hf.py: random Hugging Face models of odd sizes, saved, converted and compared.
 
-What is compared, in order: the codec, the logits of both transformers, generation. The official package also loads
-each result, since the format is its own. Hugging Face's `forward` neither delays nor shifts, so the raw halves
-`Moshi.temporal` and `Moshi.depth` are its counterparts; its depth decoder is causal under sdpa only.
+What is compared, in order: the codec, the logits of both transformers, generation. The official package also
+loads each result, since the format is its own. Hugging Face's `forward` neither delays nor shifts, so the raw
+halves `Moshi.temporal` and `Moshi.depth` are its counterparts; its depth decoder is causal under sdpa only.
 """
 
 import json
@@ -11,8 +11,10 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import convert_hf
 import pytest
 import reference
 import torch
@@ -32,8 +34,6 @@ from moshi_min import (
 
 transformers = reference.require("transformers")
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-import convert_hf  # noqa: E402
 
 # A codec with 10 positions of context (5 frames), so that a second of sound is far past it.
 CODEC = dict(
@@ -80,7 +80,7 @@ MODELS = {
             sliding_window=3,
         ),
     ),
-    # No groups. Hidden units that the official rule gives at 4 * dim, and, in the depth decoder, 8 / 3 of the width.
+    # No groups. Hidden units as the official rule gives at 4 * dim; 8 / 3 of the width in the depth decoder.
     "plain": dict(
         vocab_size=40,
         hidden_size=32,
@@ -175,7 +175,7 @@ def tokens(config, frames, batch=2, seed=5):
     )
 
 
-# --------------------------------------------------------------------------------------------------------- codec
+# ------------------------------------------------------------------------------------------------------ codec
 
 
 def sound(mimi, frames):
@@ -229,7 +229,7 @@ def test_codec_alone(tmp_path):
 
 
 def test_released_codec_config():
-    """Hugging Face's defaults are the released Mimi's; older files call the keys otherwise or leave them out."""
+    """Hugging Face's defaults are the released Mimi's; older files name the keys otherwise or lack them."""
     expected = loaders._mimi_config
     for given in (transformers.MimiConfig().to_dict(), {}, {"frame_rate": 12.5, "rope_theta": 10000.0}):
         ours = convert_hf.mimi_config(given, "x")
@@ -277,7 +277,7 @@ def test_feedforward_width():
         convert_hf.read_transformer({"ffn_dim": 170}, 2, 32, 0, "x")
 
 
-# -------------------------------------------------------------------------------------------------------- logits
+# ----------------------------------------------------------------------------------------------------- logits
 
 
 def test_text_logits(pair):
@@ -315,7 +315,7 @@ def test_depth_logits(pair):
 
 
 def test_depth_weights(pair):
-    """Bit by bit, and in their own order: without rotary, reordered queries and keys would give the same logits."""
+    """Bit by bit, in their own order: without rotary, another order would give the same logits."""
     model, checkpoint, _ = pair
     for theirs, ours in zip(model.depth_decoder.layers, checkpoint.moshi.depth_decoder.layers, strict=True):
         attention = theirs.self_attn
@@ -323,7 +323,7 @@ def test_depth_weights(pair):
         assert ours.in_proj.equal(torch.cat(stacked, dim=1))
 
 
-# ---------------------------------------------------------------------------------------------------- generation
+# ------------------------------------------------------------------------------------------------- generation
 
 
 def silent_frame(mimi, batch=1):
@@ -345,7 +345,7 @@ def hf_generate(model, steps, **inputs):
 
 
 def test_greedy_generation(pair):
-    """Without a prompt, the user silent from step 0. N text tokens give N - 1 frames, as the acoustic codes wait."""
+    """No prompt, the user silent from step 0. N text tokens give N - 1 frames, as the acoustic codes wait."""
     model, checkpoint, folder = pair
     steps = 40
     text, audio = hf_generate(model, steps)
@@ -371,11 +371,12 @@ def test_prefill(pair):
     """A history in Hugging Face's three inputs is our `prefill` of the same frames, aligned, none delayed.
 
     With F frames of history its positions are, p = 0 being the initial tokens it puts in front:
-      text      t[p-1]        semantic codes  s[p-1]        acoustic codes  a[p-2] (at p = 1 the initial token)
-    for Moshi and the user alike. Its first new text token is made at p = F, so it is the text of frame F. Then, at
-    p = F + 1, acoustic codes are still those of frame F - 1: given, so it overwrites what it sampled, where we force
-    them inside the loop; the semantic code came before them, so nothing differs. The user's semantic code at F + 1
-    is already the silent frame's. So: prefill(frames 0 .. F-1) returns frame F - 1, and a silent step follows each.
+      text  t[p-1]    semantic codes  s[p-1]    acoustic codes  a[p-2] (at p = 1 the initial token)
+    for Moshi and the user alike. Its first new text token is made at p = F, so it is the text of frame F.
+    Then, at p = F + 1, acoustic codes are still those of frame F - 1: given, so it overwrites what it
+    sampled, where we force them inside the loop; the semantic code came before them, so nothing differs. The
+    user's semantic code at F + 1 is already the silent frame's. So: prefill(frames 0 .. F-1) returns frame
+    F - 1, and a silent step follows each.
     """
     model, checkpoint, _ = pair
     config, K, F, steps = checkpoint.moshi.config, model.num_codebooks, 9, 25
@@ -399,14 +400,14 @@ def test_prefill(pair):
     assert first.equal(history[:, : 1 + K, -1:]), "the last frame of the history comes back"
     blank = silent_frame(checkpoint.mimi, batch=2)
     frames = torch.cat([ours.step(blank) for _ in range(steps - 1)], dim=-1)
-    # Its codes are the history's frames and steps - 1 new ones; its text has no place for the initial token's frame.
+    # Its codes are the history's frames and steps - 1 new ones; its text has no place for the initial frame.
     assert audio.shape == (2, K, F + steps - 1) and audio[..., :F].equal(history[:, 1 : 1 + K])
     assert frames[:, 1:].equal(audio[..., F:])
     assert frames[:, 0].equal(text[:, -steps:-1])
     assert not frames[0].equal(frames[1]), "the history makes no difference"
 
 
-# --------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def test_dtype_and_tokenizer(tmp_path):
@@ -580,13 +581,13 @@ def test_bad_shards(tmp_path):
 
 def test_disk_full(good_folder, tmp_path, monkeypatch):
     """When writing fails midway, or someone presses Ctrl-C, nothing is left behind."""
+
+    def write(error, path, *_):
+        path.write_bytes(b"half")
+        raise error
+
     for error in (OSError("no space left"), KeyboardInterrupt()):
-
-        def write(path, *_):
-            path.write_bytes(b"half")
-            raise error
-
-        monkeypatch.setattr(convert_hf, "write", write)
+        monkeypatch.setattr(convert_hf, "write", partial(write, error))
         with pytest.raises(type(error)):
             convert_hf.convert(good_folder, tmp_path / "out")
         assert not list(tmp_path.iterdir())

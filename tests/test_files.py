@@ -1,6 +1,7 @@
 """The house rules of the three files: their length, their lines, their imports, their docstrings."""
 
 import ast
+import re
 import sys
 
 import pytest
@@ -31,8 +32,17 @@ def test_lines_are_short(name):
 
 
 @pytest.mark.parametrize("name", FILES)
+def test_functions_are_short(name):
+    """A function fits on a screen: at most 45 lines, its docstring among them."""
+    tree = ast.parse("\n".join(lines(name)))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    long = [node.name for node in functions if node.end_lineno - node.lineno >= 45]
+    assert not long, f"{name}: more than 45 lines in {long}"
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_imports(name):
-    """Each file imports only the ones before it in reading order, the four packages, and the standard library."""
+    """Each file imports only the ones before it in reading order, the four packages, the standard library."""
     found = set()
     for node in ast.walk(ast.parse("\n".join(lines(name)))):
         if isinstance(node, ast.Import):
@@ -73,7 +83,7 @@ def test_docstrings(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_classes_stand_under_what_they_use(name):
-    """Reading order is dependency order: a top-level name is used in class bases and defaults only after it."""
+    """Reading order is dependency order: no class uses one that stands below it."""
     tree = ast.parse("\n".join(lines(name)))
     where = {
         node.name: node.lineno for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))
@@ -87,3 +97,9 @@ def test_classes_stand_under_what_they_use(name):
                 if where.get(inner.func.id, 0) > node.lineno and inner.func.id[0].isupper():
                     early.append(f"{node.name} uses {inner.func.id}")
     assert not early, f"{name}: {early}"
+
+
+def test_version():
+    """The newest version in CHANGELOG.md is the one in pyproject.toml, where alone the code has it."""
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    assert re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[0] == version

@@ -1,4 +1,4 @@
-"""The program: what it reads and writes, its answers beside the official package's, and all that can go wrong."""
+"""The program: what it reads and writes, its answers beside the official package's, all that can go wrong."""
 
 import io
 import itertools
@@ -27,11 +27,11 @@ from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, load_checkpoint
 
 RATE, FRAME = 24000, 1920
 
-# ---- files by hand ---------------------------------------------------------------------------------------------
+# ---- files by hand -----------------------------------------------------------------------------------------
 
 
 def wav(samples, rate=RATE, form=1, width=2, extensible=False, before=b"", after=b"", size=None, bits=None):
-    """The bytes of a WAV with samples [T] or [T, channels] in -1..1, with stray chunks before and after the data.
+    """The bytes of a WAV with samples [T] or [T, channels] in -1..1, stray chunks before and after the data.
     `size`: what a writer says that cannot know, of the data and of the whole."""
     samples = np.asarray(samples, np.float64)
     samples = samples[:, None] if samples.ndim == 1 else samples
@@ -86,7 +86,7 @@ def voice(seconds, rate=RATE, seed=0):
     return 0.2 * sound + 0.01 * np.random.default_rng(seed).standard_normal(len(time_))
 
 
-# ---- the checkpoint and the two ways to run the program ----------------------------------------------------------
+# ---- the checkpoint and the two ways to run the program ----------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +105,7 @@ def question(tmp_path):
 
 @pytest.fixture
 def call(checkpoint, capsys, tmp_path, monkeypatch):
-    """Runs the program in this process, in the test's folder: (exit code, standard output, standard error)."""
+    """Runs it in this process, in the test's folder: (exit code, standard output, standard error)."""
     monkeypatch.chdir(tmp_path)
 
     def run(*argv, folder=checkpoint):
@@ -134,7 +134,7 @@ def command(checkpoint, *argv):
 
 QUICK = ("--extra-seconds", 0.3)
 
-# ---- resampling ------------------------------------------------------------------------------------------------
+# ---- resampling --------------------------------------------------------------------------------------------
 
 
 def sine(frequency, rate, seconds):
@@ -190,7 +190,7 @@ def test_resample_of_a_click_is_in_time_and_short_inputs_work():
     assert torch.equal(generate.resample(x, 24000, 24000), x)
 
 
-# ---- WAV files -------------------------------------------------------------------------------------------------
+# ---- WAV files ---------------------------------------------------------------------------------------------
 
 STRAY = chunk(b"LIST", b"INFOISFT\x05\0\0\0abcde") + chunk(b"odd ", b"xyz")
 SHAPES = {
@@ -288,11 +288,11 @@ def test_bad_wavs(name, call, tmp_path):
     )
 
 
-# ---- the conversation ------------------------------------------------------------------------------------------
+# ---- the conversation --------------------------------------------------------------------------------------
 
 
 def official_answer(folder, pcm, use_sampling, seed):
-    """What the official package says to pcm [F, 1920], in a loop as in its run_inference: tokens [9, F], sound."""
+    """What the official package says to pcm [F, 1920], with run_inference's loop: tokens [9, F], sound."""
     reference = (
         pytest.importorskip("moshi.models.loaders")
         if not os.environ.get("CI")
@@ -363,7 +363,7 @@ def test_same_as_the_official_package(how, call, checkpoint, tmp_path, question)
 
 
 def test_tokens_are_aligned_as_in_forward(call, checkpoint, tmp_path, question):
-    """Greedy tokens are the likeliest ones under `Moshi.forward` on the saved codes, and the user's are the codec's."""
+    """Greedy tokens are the likeliest under `Moshi.forward` on saved codes; the user's are the codec's."""
     assert call(question, "--greedy", "--tokens", "run.npz", "--extra-seconds", 3)[0] == 0
     loaded = load_checkpoint(checkpoint)
     codes = torch.from_numpy(np.load(tmp_path / "run.npz")["codes"])[None]
@@ -477,7 +477,7 @@ def test_without_a_tokenizer_numbers_are_printed(call, checkpoint, tmp_path, que
     assert [int(word) for word in out.split()] == [t for t in text if t not in (0, 3)]
 
 
-# ---- as a command ----------------------------------------------------------------------------------------------
+# ---- as a command ------------------------------------------------------------------------------------------
 
 
 def test_command_pipes_and_broken_pipes(checkpoint, tmp_path, question):
@@ -596,7 +596,7 @@ def test_live_frames_come_at_once_and_ctrl_c_keeps_a_whole_file(checkpoint, tmp_
         for _ in range(20):  # impatient: those after the first must not cost the file
             run.send_signal(signal.SIGINT)
             time.sleep(0.0003)
-        # Python's own handler is gone while it shuts down: then the last one ends it, for a shell that is 130 too.
+        # Python's own handler is gone while it shuts down: then the last one ends it; a shell sees 130 too.
         assert run.wait(20) in (130, -signal.SIGINT)
         assert "Traceback" not in run.stderr.read().decode()
     assert parse((tmp_path / "a.wav").read_bytes()).shape == (11 * FRAME, 2)
@@ -649,7 +649,7 @@ def test_progress_on_a_terminal(checkpoint, tmp_path, question):
     assert shown.count(b"\x1b7") == shown.count(b"\x1b8") == 17
 
 
-# ---- what can go wrong -----------------------------------------------------------------------------------------
+# ---- what can go wrong -------------------------------------------------------------------------------------
 
 BAD_ARGUMENTS = {
     "--temp -1": "--temp",
@@ -712,7 +712,7 @@ def test_missing_question_and_device(call, tmp_path, question):
 
 
 def test_choice_of_device_and_precision(call, checkpoint, question, monkeypatch):
-    """CUDA where there is one, else the CPU: nobody has run MPS. A narrow model is float32 everywhere, without TF32."""
+    """CUDA where there is one, else the CPU: nobody has run MPS. A narrow model is float32, without TF32."""
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     for there in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
@@ -828,7 +828,7 @@ def test_bad_checkpoints(name, call, checkpoint, tmp_path, question):
 
 
 def test_failures_on_the_way_leave_nothing_behind(call, tmp_path, question, monkeypatch):
-    """A full disk and a lack of memory are told in a line, a bug keeps its traceback; no half file in any case."""
+    """A full disk and a lack of memory are told in a line, a bug keeps its traceback; no half file stays."""
     (tmp_path / "answer.wav").write_bytes(b"precious")
     for error, said in (
         (OSError(28, "No space left on device"), "output: No space"),

@@ -1,7 +1,8 @@
-"""mimi_min.py against the official package: block by block with copied weights, then end to end, then its files.
+"""mimi_min.py against the official package: blocks with copied weights, then end to end, then its files.
 
-What catches what (each was tried, see mutations.py): the conv tests catch padding, bias and overlap; the attention and
-transformer tests RoPE, window, ring and scales; the quantizer tests the centroids' floor, the split and the residual.
+What catches what (each was tried, see mutations.py): the conv tests catch padding, bias and overlap; the
+attention and transformer tests RoPE, window, ring and scales; the quantizer tests the centroids' floor, the
+split and the residual.
 """
 
 import copy
@@ -35,7 +36,7 @@ CHUNKS = (1, 3, 1, 2, 7, 1, 4, 2)  # uneven, repeated as often as needed
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory):
-    """pair(name, device) -> (ours, official): one random official model each, ours from its file. Built once."""
+    """pair(name, device) -> (ours, official): a random official model, ours from its file. Built once."""
     made = {}
 
     def make(name, device="cpu"):
@@ -74,7 +75,7 @@ def streamed(function, x, state, unit=1):
 
 
 def convs(ours, official):
-    """All convolutions of a Mimi: (name, ours, official), the strided, repeating, depthwise and transposed among them."""
+    """All convolutions of a Mimi, also strided, repeating, depthwise, transposed: (name, ours, official)."""
     pairs = [
         ("downsample", ours.downsample, official.downsample.conv),
         ("upsample", ours.upsample, official.upsample.convtr),
@@ -91,7 +92,7 @@ def convs(ours, official):
     return pairs
 
 
-# ---- block by block --------------------------------------------------------------------------------------------
+# ---- block by block ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -168,7 +169,7 @@ def test_transformer(pair, device, name, side):
 @torch.no_grad()
 @pytest.mark.parametrize("name", MIMI)
 def test_window_is_exact(pair, device, name):
-    """A query sees the context - 1 positions before it and no more: what lies further back changes nothing."""
+    """A query sees the context - 1 positions before it and no more: what lies before them changes nothing."""
     ours, _ = pair(name, device)
     layer, transformer = ours.encoder_transformer.layers[0], ours.encoder_transformer
     context = transformer.context
@@ -242,7 +243,7 @@ def test_split_quantizer_for_every_number_of_codebooks(pair, device, name):
             ours.num_codebooks = wrong
 
 
-# ---- end to end ------------------------------------------------------------------------------------------------
+# ---- end to end --------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -407,7 +408,7 @@ def test_wrong_inputs(pair):
             call()
 
 
-# ---- files -----------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -461,7 +462,7 @@ def test_new_mimi_is_saved_whole(tmp_path):
 
 
 def test_broken_files(tmp_path):
-    """A missing, an extra, a misshapen tensor: an error that names it. A pickle, half a file, no file: an error."""
+    """A missing, an extra, a misshapen tensor: an error that names it. A pickle, half a file: an error."""
     config = MimiConfig.from_dict(MIMI["small"])
     state = {name: t.clone() for name, t in official_mimi(MIMI["small"]).state_dict().items()}
     path = tmp_path / "broken.safetensors"

@@ -1,7 +1,8 @@
 """moshi_min.py against the official package: the model's halves, training, the sampler, its files.
 
-What catches what (each was tried, see mutations.py): forward catches delays, masks and every weight; the sampler tests
-catch the order of random draws, the ring, offsets and forcing; the agreement of both catches what they could share.
+What catches what (each was tried, see mutations.py): forward catches delays, masks and every weight; the
+sampler tests catch the order of random draws, the ring, offsets and forcing; the agreement of both catches
+what they could share.
 """
 
 import copy
@@ -36,9 +37,9 @@ from safetensors.torch import load_file, save_file
 from mimi_min import init_state
 from moshi_min import Moshi, MoshiConfig, MoshiGen, load_checkpoint, load_moshi, sample, save_moshi
 
-# Of the logits' peak. Rounding to bfloat16 (8 bits) in every layer takes the official model itself up to 2.2 % of the
-# peak away from its float32 self, with the models of this file. Two correct models may round in opposite directions.
-# (On the CPU ours and the official one were seen to give the same bits; other kernels round otherwise.)
+# Of the logits' peak. Rounding to bfloat16 (8 bits) in every layer takes the official model itself up to
+# 2.2 % of the peak away from its float32 self, with the models of this file. Two correct models may round in
+# opposite directions. (On the CPU both gave the same bits; other kernels round otherwise.)
 BF16_BOUND = 0.05
 
 
@@ -65,7 +66,7 @@ def pair(tmp_path_factory):
 
 
 def make_codes(config, batch, frames, device="cpu", holes=True, seed=0):
-    """Random codes [B, 1 + n_q, F]: much PAD and EPAD in the text, as in life, and some -1 (no input, no target)."""
+    """Random codes [B, 1 + n_q, F]: much PAD and EPAD in the text, as in life, some -1 (unknown)."""
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.tensor([config["text_card"]] + [config["card"]] * config["n_q"])[:, None]
     codes = (torch.rand(batch, len(sizes), frames, generator=generator) * sizes).long()
@@ -77,7 +78,7 @@ def make_codes(config, batch, frames, device="cpu", holes=True, seed=0):
 
 
 def same_logits(ours, theirs, dtype):
-    """NaN at the same places, else equal: within 1e-4 in float32, within BF16_BOUND of the peak in bfloat16."""
+    """NaN at the same places, else equal: within 1e-4 in float32, BF16_BOUND of the peak in bfloat16."""
     assert torch.equal(ours.isnan(), theirs.isnan())
     mine, expected = ours.nan_to_num().float(), theirs.nan_to_num().float()
     assert expected.std() > 0.5, "logits too small to show anything"
@@ -88,12 +89,12 @@ def same_logits(ours, theirs, dtype):
         close(mine, expected, BF16_BOUND)
 
 
-# ---- block by block ---------------------------------------------------------------------------------------------
+# ---- block by block ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_rmsnorm(pair, place):
-    """In float32 inside whatever the model's precision is, and exact where the input is tiny (eps is 1e-8)."""
+    """In float32 inside whatever the model's precision, and exact where the input is tiny (eps is 1e-8)."""
     ours, official = pair("small", *place)
     for size in (1.0, 1e-3, 1e-5, 30.0):
         x = (torch.randn(2, 50, 32) * size).to(*place)
@@ -141,7 +142,7 @@ def test_depth_step(pair, place, name):
             same_logits(ours.depth_decoder(hidden, tokens[None, :, k], k, past)[0], expected, place[1])
 
 
-# ---- the model --------------------------------------------------------------------------------------------------
+# ---- the model ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -233,7 +234,7 @@ def test_rows_of_a_batch_are_independent(pair, device):
 
 @torch.no_grad()
 def test_forward_is_causal(pair, device):
-    """Changing a frame changes no logits before it, and in its own frame only what comes after it in the depth chain."""
+    """A changed frame changes no logits before it, and in its own only what follows in the depth chain."""
     ours, _ = pair("small", device)  # delays 0 0 1 1 | 0 1 1
     codes = make_codes(LM["small"], 1, 20, device, holes=False)
     before = ours(codes)
@@ -252,7 +253,7 @@ def test_forward_is_causal(pair, device):
             assert not audio[k, :first].any() and audio[k, first], (stream, k)
 
 
-# ---- training ---------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LM)
@@ -288,7 +289,7 @@ def test_loss_weights(pair):
 
 
 def test_training_learns(device):
-    """A new model, trained on one batch by the loss alone, learns it: initialisation and gradients are of use."""
+    """A new model learns one batch by the loss alone: initialisation and gradients are of use."""
     torch.manual_seed(0)
     moshi = Moshi(MoshiConfig.from_dict(LM["uneven"])).to(device)
     codes = make_codes(LM["uneven"], 2, 20, device)
@@ -303,7 +304,7 @@ def test_training_learns(device):
     assert 6 < losses[0] < 11 and losses[-1] < 1, losses[::10]  # 6.9 is chance: log(40) + log(24)
 
 
-# ---- the sampler ------------------------------------------------------------------------------------------------
+# ---- the sampler -------------------------------------------------------------------------------------------
 
 
 def speak(sampler, user, texts=None, audios=None):
@@ -333,7 +334,7 @@ def both_speak(ours, official, user, texts=None, audios=None, greedy=False, **op
 
 
 def same_tokens(mine, theirs, delays, first=None):
-    """The same steps gave nothing (the first max(delays)), and the others the same tokens. Returns them [B, K, F]."""
+    """The same steps gave nothing (the first max(delays)), others the same tokens, returned as [B, K, F]."""
     silent = max(delays) if first is None else first
     assert (
         [step is None for step in mine]
@@ -388,7 +389,7 @@ def test_default_options_are_the_official_ones(pair):
 
 
 def test_released_vocabulary(tmp_path_factory, device):
-    """At 32000 text tokens and 8 times 2048 x top-k 250, until a tie: what was drawn is then shown to be one."""
+    """At 32000 text tokens and 8 times 2048 x top-k 250, until a draw that is then shown to be a tie."""
     config = lm_config(
         dim=64,
         text_card=32000,
@@ -431,7 +432,7 @@ def test_released_vocabulary(tmp_path_factory, device):
 
 
 def test_forced_tokens(pair, device):
-    """Text and audio forced in some streams, rows and steps; -2 samples, and random numbers are drawn all the same."""
+    """Text and audio forced in some streams, rows and steps; -2 samples; random numbers are drawn anyway."""
     for name in ("uneven", "all_own"):
         ours, official = pair(name, device)
         config, steps = LM[name], 80
@@ -451,7 +452,7 @@ def test_forced_tokens(pair, device):
 
 
 def test_official_hooks(pair):
-    """Forced text is the official on_text_hook, all audio forced its depformer_replace_tokens or on_audio_hook."""
+    """Forced text is the official on_text_hook, forced audio depformer_replace_tokens or on_audio_hook."""
     ours, official = pair("small")
     config, steps = LM["small"], 40
     user, texts = user_codes(config, 1, steps), torch.randint(40, (1, steps))
@@ -511,16 +512,16 @@ def test_rows_of_a_sampler_are_independent(pair, device):
 
 
 def aligned(config, tokens, user):
-    """Codes as `forward` takes them: Moshi's tokens [B, 1 + dep_q, F], and the user's frame of step f + 1 as frame f."""
+    """Codes as `forward` takes them: Moshi's tokens [B, 1 + dep_q, F], the user's of step f + 1 at f."""
     frames = min(tokens.shape[-1], user.shape[-1] - 1)
     return torch.cat([tokens[..., :frames], user[..., 1 : 1 + frames]], dim=1)
 
 
 def check_agreement(config, moshi, codes, skip=0):
-    """`forward` on what the greedy sampler said finds each of its tokens the likeliest; returns how many it looked at.
+    """`forward` on what the greedy sampler said finds each token the likeliest; returns their number.
 
-    Left out is only what may differ: in step s, what follows in the depth chain on a stream with delay > s, since
-    there the sampler feeds its own discarded token and `forward` the initial one.
+    Left out is only what may differ: in step s, what follows in the depth chain on a stream with delay > s,
+    since there the sampler feeds its own discarded token and `forward` the initial one.
     """
     output, delays, looked = moshi(codes), config["delays"], 0
     for k in range(1 + config["dep_q"]):
@@ -547,7 +548,7 @@ def test_sampler_and_forward_agree(pair, device, name):
 @pytest.mark.parametrize("frames", [1, 3, 30])
 @pytest.mark.parametrize("name", LM)
 def test_prefill(pair, device, name, frames):
-    """A history of all streams, then on from there: as if it had been forced step by step, in the official sampler."""
+    """A history of all streams, then on from there: as if the official sampler had been forced through it."""
     ours, official = pair(name, device)
     config, more = LM[name], 25
     history = make_codes(config, 2, frames, device, holes=False)
@@ -627,14 +628,14 @@ def test_cuda_graph(pair, dtype):
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(*results))
 
 
-# ---- files ------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("old", [False, True], ids=["newer", "older"])
 @pytest.mark.parametrize("name", LM)
 def test_names_and_round_trip(pair, tmp_path, name, old):
-    """Older and newer names are read; what save_moshi writes the official package loads, tensor for tensor."""
+    """Older and newer names are read; what save_moshi writes the official package loads, tensor by tensor."""
     _, official = pair(name)
     path = save(official, tmp_path / "moshi.safetensors", old)
     assert any("in_proj_weight" in key for key in load_file(path)) == old
@@ -649,7 +650,7 @@ def test_names_and_round_trip(pair, tmp_path, name, old):
 
 
 def test_bfloat16_file(tmp_path):
-    """A bf16 file is loaded as it is, or widened when asked for; bf16 logits are close to those in float32."""
+    """A bf16 file is loaded as it is, or widened when asked; bf16 logits are close to those in float32."""
     official = official_lm(LM["small"], dtype=torch.bfloat16)
     path = save(official, tmp_path / "moshi.safetensors")
     config = MoshiConfig.from_dict(LM["small"])
@@ -662,7 +663,7 @@ def test_bfloat16_file(tmp_path):
 
 
 def test_broken_files(tmp_path):
-    """A missing, an extra, a misshapen tensor: an error that names it. A pickle, half a file, no file: an error."""
+    """A missing, an extra, a misshapen tensor: an error that names it. A pickle, half a file: an error."""
     config = MoshiConfig.from_dict(LM["small"])
     state = {name: tensor.clone() for name, tensor in official_lm(LM["small"]).state_dict().items()}
     path = tmp_path / "broken.safetensors"
@@ -715,7 +716,7 @@ def test_default_config_is_the_released_7b():
 
 @torch.no_grad()
 def test_missing_keys_have_the_official_defaults(tmp_path):
-    """A config without a key means LMModel's default, and the depth decoder inherits what it has no key for."""
+    """A key that is not there means LMModel's default; the depth decoder inherits what it has no key for."""
     for gone in (
         ["kv_repeat", "depformer_kv_repeat", "max_period", "hidden_scale", "existing_text_padding_id"],
         ["depformer_num_layers", "depformer_gating", "depformer_dim_feedforward", "layer_scale"],
@@ -812,8 +813,8 @@ print(loaded, peak() - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read as Linux gives it")
 @pytest.mark.parametrize("old", [False, True], ids=["newer", "older"])
 def test_loading_takes_little_memory(tmp_path, old):
-    """Opening a bf16 file and reading all of it takes at most 1.15 times its size: nothing but the depth decoder's
-    stacking, with its share as large as in the 7B, is copied."""
+    """Opening a bf16 file and reading all of it takes at most 1.15 times its size: nothing is copied but what
+    the depth decoder stacks, whose share is as large here as in the 7B."""
     config = lm_config(
         dim=1024,
         num_heads=8,
@@ -852,18 +853,18 @@ def test_loading_takes_little_memory(tmp_path, old):
     assert done.returncode == 0, done.stderr
     loaded, read = (int(peak) / sizes["large"] for peak in done.stdout.split())
     print(
-        f"{sizes['large'] / 1e6:.0f} MB, peak after opening {loaded:.3f} of that, after reading all {read:.3f}"
+        f"{sizes['large'] / 1e6:.0f} MB, peak after opening {loaded:.3f} of it, after reading all {read:.3f}"
     )
     assert 0.9 < read <= 1.15 and loaded <= 1.15
 
 
-# ---- the released weights ---------------------------------------------------------------------------------------
+# ---- the released weights ----------------------------------------------------------------------------------
 
 CHECKPOINT = os.environ.get("MOSHI_CHECKPOINT")
 needs_checkpoint = pytest.mark.skipif(
     not CHECKPOINT, reason="MOSHI_CHECKPOINT names no folder with released weights"
 )
-KNOWN = {  # from the test suite of transformers: greedy, the user one encoded frame of silence, again and again
+KNOWN = {  # from the test suite of transformers: greedy, the user's one encoded frame of silence repeated
     "moshiko": (
         [3, 3, 3, 0, 11725, 261, 3, 3, 3, 3],
         72065,
@@ -923,7 +924,7 @@ def test_released_mimi(device):
 @needs_checkpoint
 @torch.no_grad()
 def test_released_moshi(device):
-    """The released model in bfloat16 (the file is mapped, so both fit): logits, and greedy tokens until a tie."""
+    """The released model in bfloat16 (the file is mapped, so both fit): logits; greedy tokens until a tie."""
     _, path, _ = released_files()
     checkpoint = load_checkpoint(CHECKPOINT, device, torch.bfloat16)
     config = checkpoint.moshi.config
@@ -953,7 +954,7 @@ def test_released_moshi(device):
 @needs_checkpoint
 @torch.no_grad()
 def test_known_answers():
-    """Ten greedy steps beside a silent user, in float16 on CUDA or float32 on a CPU with the memory for it."""
+    """Ten greedy steps beside a silent user, in float16 on CUDA or float32 on a CPU with memory for it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 40e9:
         pytest.skip("the 7B in float32 takes 31 GB, this machine has less than 40")

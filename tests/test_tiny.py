@@ -1,4 +1,4 @@
-"""The trained checkpoint in tiny/: it says what it should, stops when it is told to, and the official package agrees."""
+"""The trained checkpoint in tiny/: it says what it should, stops when told, the official package agrees."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ def answer(sound, seed=None):
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_answers(name):
-    """Every shipped recording gets its exact answer: greedy, and drawn with the settings of the checkpoint."""
+    """Every recording in tiny/ gets its exact answer: greedy, and drawn with the checkpoint's settings."""
     for seed in (None, 4242):
         said, _, sound = answer(recording(name), seed)
         assert said == ANSWERS[name], f"seed {seed}"
@@ -48,7 +48,7 @@ def test_conversation():
 
 
 def test_program(tmp_path):
-    """`python generate.py` in a folder of the user's: the question of tiny/, its answer printed and in answer.wav."""
+    """`python generate.py` in the user's folder answers the question of tiny/, in print and in answer.wav."""
     run = subprocess.run(
         [sys.executable, str(ROOT / "generate.py"), "--device", "cpu"],
         cwd=tmp_path,
@@ -65,7 +65,8 @@ def test_program(tmp_path):
 def test_same_as_the_official_package(name):
     """The official package opens the same folder: the same codes of the user, greedy tokens, and sound.
 
-    Its codec runs offline: streaming, it loses a key of this narrow window after 1.3 s (after 10 s in the real one).
+    Its codec runs offline: streaming, it loses a key of this narrow window after 1.3 s (of the real one after
+    10 s).
     """
     asked = recording(name)
     _, tokens, sound = answer(asked)

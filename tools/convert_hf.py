@@ -3,14 +3,15 @@
 
     python tools/convert_hf.py FOLDER OUT
 
-FOLDER holds config.json and model.safetensors, or shards with model.safetensors.index.json, as `save_pretrained`
-writes them for MoshiForConditionalGeneration (its Mimi is inside) or for MimiModel. OUT must be new or empty.
+FOLDER holds config.json and model.safetensors, or shards with model.safetensors.index.json, as Hugging Face's
+`save_pretrained` writes them for MoshiForConditionalGeneration (its Mimi is inside) or for MimiModel. OUT is
+a new or an empty folder.
 
 What differs:
 - the names, see the two tables below;
 - queries, keys and values are one tensor in the official files;
 - the depth decoder's weights are one tensor for each codebook there, and all stacked here;
-- the rows of rotary queries and keys, which Hugging Face orders for a rotation of halves instead of neighbours.
+- the rows of rotary queries and keys, which Hugging Face orders to rotate halves instead of neighbours.
 Every tensor keeps its dtype. They go through one by one, so that memory holds the largest of them only.
 """
 
@@ -37,9 +38,9 @@ from moshi_min import MIMI_CONFIG_FILE, MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, M
 
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what weights may be, and the bytes of a number
 
-# -------------------------------------------------------------------------------------------------------- tables
+# ----------------------------------------------------------------------------------------------------- tables
 
-# From an official name to Hugging Face's: each rule (pattern, replacement) in its turn. A '{k}' is the codebook.
+# From an official name to Hugging Face's: each rule (pattern, replacement) in turn. '{k}' is the codebook.
 MOSHI_NAMES = [
     (r"^text_emb", "decoder.model.embed_tokens"),
     (r"^emb", "embed_tokens"),
@@ -76,7 +77,7 @@ MIMI_NAMES = [
     (r"embedding_sum", "embed_sum"),
 ]
 
-# Hugging Face's config keys -> (field of our config, or the list of the values that can be converted; the default).
+# Hugging Face's config keys -> (field of our config, or a list of the values that can be converted; default).
 MIMI_KEYS = {
     "sampling_rate": ("sample_rate", 24000),
     "num_filters": ("n_filters", 64),
@@ -129,7 +130,7 @@ DEPTH_KEYS = {
     **BOTH_KEYS,
 }
 
-# ------------------------------------------------------------------------------------------------ configurations
+# --------------------------------------------------------------------------------------------- configurations
 
 
 def is_size(value) -> bool:
@@ -138,7 +139,7 @@ def is_size(value) -> bool:
 
 
 def read_fields(given: dict, table: dict, what: str) -> dict:
-    """Fields of our config: a table's row is (field, default) or (list of the values that can be converted, default)."""
+    """Fields of our config. A row of `table` is (field, default) or ([values that can be converted], default)."""
     fields: dict = {}
     for key, (use, default) in table.items():
         value = default if given.get(key) is None else given[key]
@@ -152,7 +153,7 @@ def read_fields(given: dict, table: dict, what: str) -> dict:
 
 
 def read_config(given: dict, table: dict, what: str, heads_field: str) -> tuple[dict, float]:
-    """Fields of our config, and the rotary period, from a Hugging Face config; ValueError where that can't be."""
+    """Our config's fields, and the rotary period, from a Hugging Face config; ValueError if that can't be."""
     fields = read_fields(given, table, what)
     if bad := [name for name, value in fields.items() if name != "ratios" and not is_size(value)]:
         raise ValueError(f"{what}: {bad[0]} cannot be {fields[bad[0]]!r}, it must be a positive whole number")
@@ -166,7 +167,7 @@ def read_config(given: dict, table: dict, what: str, heads_field: str) -> tuple[
 
 
 def read_transformer(given: dict, heads: int, dim: int, default: int, what: str) -> tuple[int, int]:
-    """kv_repeat, and the official feed-forward width, two thirds of which are the hidden units (ffn_dim / 2)."""
+    """kv_repeat, and the official feed-forward width, of which two thirds are hidden units (ffn_dim / 2)."""
     kv_heads, ffn = given.get("num_key_value_heads") or heads, given.get("ffn_dim", default)
     if not is_size(kv_heads) or heads % kv_heads:
         raise ValueError(f"{what}: {kv_heads!r} key and value heads do not fit {heads} heads")
@@ -212,15 +213,15 @@ def moshi_config(given: dict, depth: dict, what: str) -> MoshiConfig:
     )
 
 
-# ------------------------------------------------------------------------------------------------------- weights
+# ---------------------------------------------------------------------------------------------------- weights
 
 
 class Piece(NamedTuple):
-    """A Hugging Face tensor, or its part `index` along the first axis, that goes into an official one."""
+    """A Hugging Face tensor, or its part `row` along the first axis, that goes into an official one."""
 
     name: str
     shape: list[int]  # of the whole tensor in the file
-    index: int | None
+    row: int | None
     rotary_heads: int  # 0, or the rows of each head go from two halves into neighbouring pairs
 
 
@@ -233,8 +234,11 @@ class Entry(NamedTuple):
 
 
 def table(model: Mimi | Moshi, official_rules: list, rules: list, prefix: str) -> list[Entry]:
-    """Where each tensor of the official file comes from. `model` is one of ours, on the meta device, and says how many
-    heads of which kind an attention has; `official_rules` make its names official, `rules` those Hugging Face's."""
+    """Where each tensor of the official file comes from.
+
+    `model` is one of ours, on the meta device, and says how many heads of which kind an attention has;
+    `official_rules` make its names official, `rules` make those Hugging Face's.
+    """
     entries, official = [], official_names(model, official_rules)
     for ours, empty in model.state_dict().items():
         name = newer_name(official[ours])
@@ -246,9 +250,8 @@ def table(model: Mimi | Moshi, official_rules: list, rules: list, prefix: str) -
         each, shape = "{k}" in name, list(empty.shape)
         for k in range(shape[0]) if each else [0]:
             inner = shape[1:] if each else shape
-            stacked = (
-                shape[:1] if each and "{k}" not in theirs else []
-            )  # Hugging Face has all codebooks in one
+            # Hugging Face has all codebooks in one tensor, unless it has a module for each.
+            stacked = shape[:1] if each and "{k}" not in theirs else []
             rows = {"": inner}
             if "[qkv]" in theirs:
                 c, depth = model.config, each
@@ -275,7 +278,7 @@ def table(model: Mimi | Moshi, official_rules: list, rules: list, prefix: str) -
 
 def plan(entries: list[Entry], where: dict, folder: Path) -> list[str]:
     """Checks that every piece is there and has the right shape; returns the dtype of each entry."""
-    dtypes = []
+    dtypes: list[str] = []
     for entry in entries:
         kinds = set()
         for piece in entry.pieces:
@@ -297,8 +300,9 @@ def plan(entries: list[Entry], where: dict, folder: Path) -> list[str]:
 
 
 def write(path: Path, entries: list[Entry], dtypes: list[str], where: dict) -> None:
-    """A SafeTensors file: 8 bytes for the header's length, the header in JSON, then the tensors as they come."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    """A SafeTensors file: 8 bytes for the header's length, the header in JSON, the tensors as they come."""
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for entry, dtype in zip(entries, dtypes):
         start, end = end, end + DTYPES[dtype] * math.prod(entry.shape)
         header[entry.name] = {"dtype": dtype, "shape": entry.shape, "data_offsets": [start, end]}
@@ -308,13 +312,13 @@ def write(path: Path, entries: list[Entry], dtypes: list[str], where: dict) -> N
         file.write(len(text).to_bytes(8, "little") + text)
         for piece in (piece for entry in entries for piece in entry.pieces):
             stored = where[piece.name].get_slice(piece.name)
-            tensor = stored[:] if piece.index is None else stored[piece.index]
+            tensor = stored[:] if piece.row is None else stored[piece.row]
             if piece.rotary_heads:  # [heads, halves, pairs, in] -> [heads, pairs, halves, in]
                 tensor = tensor.unflatten(0, (piece.rotary_heads, 2, -1)).transpose(1, 2)
             file.write(tensor.contiguous().view(torch.uint8).numpy())
 
 
-# --------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def read_json(path: Path) -> dict:
@@ -336,8 +340,8 @@ def open_files(folder: Path) -> dict:
             raise ValueError(
                 f"{folder}: neither {names[0]} nor {index.name} is there, and nothing else is read"
             )
-        names = read_json(index).get("weight_map")
-        names = list(names.values()) if isinstance(names, dict) else []
+        weight_map = read_json(index).get("weight_map")
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
         if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise ValueError(f"{index}: it has no weight_map with the names of the files")
     where = {}
@@ -419,7 +423,8 @@ def convert(folder: Path, out: Path) -> str:
         shutil.rmtree(temporary, ignore_errors=True)
     said = f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}"
     if kind == "moshi" and not tokenizer:
-        said += f"\n{folder} has no SentencePiece file: put the model's {TOKENIZER_FILE} there, or text is token ids"
+        said += f"\n{folder} has no SentencePiece file: put the model's {TOKENIZER_FILE} there, or text "
+        said += "is token ids"
     return said
 
 

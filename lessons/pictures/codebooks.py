@@ -1,10 +1,10 @@
-"""Draws lessons/codebooks.svg: a sentence of Moshi, and what 1, 2, 4 and 8 codebooks keep of the user's question."""
+"""Draws codebooks.svg: a recorded question, and what 8, 4, 2 and 1 codebooks keep of it."""
 
 from pathlib import Path
 
-from lab import RATE, distance, recording, tiny
-from sound import spectrogram
-from style import HERE, plt, save
+from lessons.lab import RATE, distance, recording, tiny
+from lessons.pictures.sound import spectrogram
+from lessons.pictures.style import HERE, plt, save
 
 
 def draw(path: Path = HERE / "codebooks.svg") -> None:

@@ -1,11 +1,12 @@
-"""Draws lessons/sound.svg: the question of tiny/ as a waveform and as a spectrogram, frame by frame."""
+"""Draws sound.svg: the question of tiny/ as a waveform and as a spectrogram, frame by frame."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
-from lab import FRAME, RATE, recording
-from style import HERE, USER, plt, save
+
+from lessons.lab import FRAME, RATE, recording
+from lessons.pictures.style import HERE, USER, plt, save
 
 
 def spectrogram(axes, sound: np.ndarray, title: str = "") -> None:

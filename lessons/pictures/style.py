@@ -1,6 +1,8 @@
-"""How the pictures look: dark lines on a light card, so that they can be read on a light and on a dark page."""
+"""How the pictures look: dark lines on a light card, to be read on a light page and on a dark one.
 
-import sys
+The scripts beside this file draw a picture each: `python -m lessons.pictures.grid` in the repository.
+"""
+
 from pathlib import Path
 
 import matplotlib
@@ -8,7 +10,6 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 HERE = Path(__file__).resolve().parent
 USER, MOSHI, TEXT, QUIET = "#b4552d", "#2f6f9f", "#3d7a45", "#e4e2da"  # colours of who speaks, and of silence
 

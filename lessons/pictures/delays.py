@@ -1,16 +1,16 @@
-"""Draws lessons/delays.svg: frames of all streams before and after `delay`."""
+"""Draws delays.svg: frames of all streams before and after `delay`."""
 
 from pathlib import Path
 
 import torch
-from lab import tiny
-from style import HERE, MOSHI, QUIET, TEXT, USER, plt, save
 
+from lessons.lab import tiny
+from lessons.pictures.style import HERE, MOSHI, QUIET, TEXT, USER, plt, save
 from moshi_min import delay
 
 
 def draw(path: Path = HERE / "delays.svg") -> None:
-    """Six frames, 17 streams: the number of the frame in each cell, S where the initial token starts a stream."""
+    """Six frames, 17 streams: the frame's number in each cell, S where the initial token starts a stream."""
     config, start = tiny().moshi.config, -9
     codes = torch.arange(6).expand(1, 17, 6)
     inputs = delay(codes, [1 + shift for shift in config.delays], torch.full((17,), start))[0]

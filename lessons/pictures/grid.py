@@ -1,4 +1,4 @@
-"""Draws lessons/grid.svg: the 17 streams of a conversation, from `python generate.py --tokens`."""
+"""Draws grid.svg: the 17 streams of a conversation, from `python generate.py --tokens`."""
 
 import subprocess
 import sys
@@ -6,43 +6,26 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from lab import EPAD, PAD, ROOT, decibels, read_wav, recording, tiny
 from matplotlib.colors import to_rgb
-from style import HERE, MOSHI, QUIET, TEXT, USER, plt, save
+
+from lessons.lab import EPAD, PAD, ROOT, decibels, read_wav, recording, tiny
+from lessons.pictures.style import HERE, MOSHI, QUIET, TEXT, USER, plt, save
 
 
 def draw(path: Path = HERE / "grid.svg") -> None:
     """Runs the program on the counting conversation and draws what it saved."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [
-                sys.executable,
-                str(ROOT / "generate.py"),
-                str(ROOT / "tiny" / "count.wav"),
-                "--extra-seconds",
-                "3",
-                "-o",
-                f"{folder}/a.wav",
-                "--tokens",
-                f"{folder}/run.npz",
-            ],
-            check=True,
-            capture_output=True,
-        )
+        command = [sys.executable, ROOT / "generate.py", ROOT / "tiny" / "count.wav", "--extra-seconds", "3"]
+        files = ["-o", f"{folder}/a.wav", "--tokens", f"{folder}/run.npz"]
+        subprocess.run([*command, *files], check=True, capture_output=True)
         codes = np.load(f"{folder}/run.npz")["codes"]
         voice, _ = read_wav(Path(folder) / "a.wav")
     loud = [(decibels(sound) > -45).numpy() for sound in (voice, recording("count.wav", 3))]
     tokenizer = tiny().tokenizer
-    silence = [
-        np.bincount(row[row >= 0]).argmax() for row in codes
-    ]  # the commonest code of a stream is its silence
-    names = (
-        ["text"]
-        + ["Moshi: semantic"]
-        + [f"acoustic {k}" for k in range(1, 8)]
-        + ["user: semantic"]
-        + [f"acoustic {k}" for k in range(1, 8)]
-    )
+    # The commonest code of a stream is its silence.
+    silence = [np.bincount(row[row >= 0]).argmax() for row in codes]
+    acoustic = [f"acoustic {k}" for k in range(1, 8)]
+    names = ["text", "Moshi: semantic", *acoustic, "user: semantic", *acoustic]
     figure, axes = plt.subplots(figsize=(11, 5.2))
     picture = np.ones((*codes.shape, 3))
     for row, colour in enumerate([TEXT] + 8 * [MOSHI] + 8 * [USER]):
@@ -67,7 +50,8 @@ def draw(path: Path = HERE / "grid.svg") -> None:
     axes.set_xlim(0, codes.shape[1] + 4)
     axes.set_ylim(16.6, -1.8)
     axes.set_xlabel(
-        "seconds (a column is a frame of 80 ms). Grey: PAD, the codes of silence; pale: other codes, but no sound; E: EPAD"
+        "seconds (a column is a frame of 80 ms). "
+        "Grey: PAD, the codes of silence; pale: other codes, but no sound; E: EPAD"
     )
     axes.tick_params(length=0)
     save(figure, path)

@@ -1,10 +1,11 @@
-"""Draws lessons/loss.svg: how the tiny checkpoint learnt, from the curves that its training kept."""
+"""Draws loss.svg: how the tiny checkpoint learnt, from the curves that its training kept."""
 
 from pathlib import Path
 
 import numpy as np
-from lab import ROOT
-from style import HERE, MOSHI, TEXT, USER, plt, save
+
+from lessons.lab import ROOT
+from lessons.pictures.style import HERE, MOSHI, TEXT, USER, plt, save
 
 
 def draw(path: Path = HERE / "loss.svg") -> None:

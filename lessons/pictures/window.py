@@ -1,18 +1,18 @@
-"""Draws lessons/window.svg: what each position of Helium's first layer looks at, inside its sliding window."""
+"""Draws window.svg: what each position of Helium's first layer looks at, inside its window."""
 
 from pathlib import Path
 
 import torch
-from lab import recording, talk, tiny
-from style import HERE, plt, save
 
+from lessons.lab import recording, talk, tiny
+from lessons.pictures.style import HERE, plt, save
 from mimi_min import rope
 from moshi_min import delay, embed
 
 
 @torch.no_grad()
 def draw(path: Path = HERE / "window.svg") -> None:
-    """Attention weights of one head over the conversation of tiny/, 250 frames, and the mean over all heads."""
+    """The mask, and the attention weights of two heads, over 250 frames of the conversation of tiny/."""
     checkpoint = tiny()
     moshi, sound = checkpoint.moshi, recording("conversation.wav", 1)
     tokens, _ = talk(checkpoint, sound)
