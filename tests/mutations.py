@@ -394,12 +394,114 @@ TRAIN = [
     ("stops a frame earlier", "quiet[0] / 100 + FRAME / RATE <= 0.7", "quiet[0] / 100 <= 0.7"),
 ]
 
+GRAPH = [  # in moshi_min.py: what a CUDA graph can't capture, or would replay wrongly
+    (
+        "a step looks at its Python counter",
+        "where = (self.offset + self.delays[own:]) % columns",
+        "where = (self.steps + self.delays[own:]) % columns",
+    ),
+    (
+        "the cache is a new tensor after each step",
+        "        self.cache[:, :own].index_copy_(2, now,",
+        "        self.cache = self.cache.clone()\n        self.cache[:, :own].index_copy_(2, now,",
+    ),
+    ("the offset is a new tensor after each step", "self.offset += 1", "self.offset = self.offset + 1"),
+    (
+        "item() in the sampler",
+        "return tokens.gather(-1, choice)[:, 0]",
+        "return torch.stack([row[pick.item()] for row, pick in zip(tokens, choice)])",
+    ),
+    (
+        "tokens picked by a mask",
+        "forced[:, k] == UNGENERATED, token, forced[:, k]))",
+        "forced[:, k] == UNGENERATED, token, forced[:, k]))\n"
+        "            made[-1][forced[:, k] == UNGENERATED] = token[forced[:, k] == UNGENERATED]",
+    ),
+    (
+        "the output is not cloned",
+        "return self.output.clone() if self.steps",
+        "return self.output if self.steps",
+    ),
+    (
+        "initial tokens made of Python's numbers in each step",
+        "self.offset <= self.delays, self.initial, tokens)",
+        "self.offset <= self.delays, self.moshi.initial[:, None], tokens)",
+    ),
+    (
+        "a captured step is taken for one that ran",
+        "            self.graph.replay()\n",
+        "            else:\n                self.graph.replay()\n",
+    ),
+    (
+        "forced tokens in a new tensor",
+        "self.forced.fill_(UNGENERATED)",
+        "self.forced = torch.full_like(self.forced, UNGENERATED)",
+    ),
+    ("the user's codes in a new tensor", "self.user.copy_(user_codes)", "self.user = user_codes"),
+    (
+        "reset makes a new cache",
+        "        self.cache.fill_(UNGENERATED)\n",
+        "        self.cache = torch.full_like(self.cache, UNGENERATED)\n",
+    ),
+    (
+        "prefill makes a new offset",
+        "self.offset.fill_(frames)",
+        "self.offset = torch.full_like(self.offset, frames)",
+    ),
+]
+
+GRAPH_SHARED = [  # the same in mimi_min.py
+    (
+        "the position is a Python number",
+        'position = state[self]["position"]\n',
+        'position = self.count = getattr(self, "count", -length) + length\n',
+    ),
+    (
+        "the position is a new tensor after each step",
+        "            position += length\n",
+        '            state[self]["position"] = position + length\n',
+    ),
+    (
+        "rings are new tensors after each step",
+        "        for layer, ring in zip(self.layers, rings):",
+        '        if state is not None:\n            rings = state[self]["rings"] = rings.clone()\n'
+        "        for layer, ring in zip(self.layers, rings):",
+    ),
+    (
+        "the past of a convolution is a new tensor",
+        'state[self]["past"].copy_(x[..., -self.padding:])',
+        'state[self]["past"] = x[..., -self.padding:].clone()',
+    ),
+    (
+        "the tail of a transposed convolution is a new tensor",
+        'state[self]["tail"].copy_(later[:, -1:])',
+        'state[self]["tail"] = later[:, -1:].clone()',
+    ),
+    (
+        "a Python flag for the first input",
+        'torch.where(state[self]["started"], past, x[..., :1])',
+        'past if state[self].pop("on", False) else x[..., :1]; state and state[self].update(on=True)',
+    ),
+    (
+        "the mask is made on the CPU",
+        "ring = torch.arange(filled, device=x.device)\n            key_positions",
+        "ring = torch.arange(filled).to(x.device)\n            key_positions",
+    ),
+    (
+        "the filled slots are counted on any device",
+        'if x.device.type == "cpu" else self.ring_size',
+        "if True else self.ring_size",
+    ),
+]
+
 RUNS = [
     ("mimi_min.py", MIMI, "tests/test_mimi.py"),
     ("moshi_min.py", MOSHI, "tests/test_moshi.py"),
     ("mimi_min.py", SHARED, "tests/test_moshi.py"),
     ("generate.py", GENERATE, "tests/test_generate.py"),
     ("tiny/train.py", TRAIN, "tests/test_train.py"),
+    ("moshi_min.py", GRAPH, "tests/test_graph.py"),
+    ("mimi_min.py", GRAPH_SHARED, "tests/test_graph.py"),
 ]
 
 
