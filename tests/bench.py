@@ -8,6 +8,9 @@ machine.
   Moshi  milliseconds a step, with a nearly empty and with a full window; a small shape, or with --full the
          7B's (bfloat16; both models share one set of weights: 15.4 GB, and 1.6 GB of ring for each)
   memory the peak of a process that makes the model and runs a few steps, one process for each
+
+`--launches` measures no time. It counts the kernels that a frame would launch on a GPU at the released sizes,
+and predicts from them, and from the bytes that are read, how long the frame takes.
 """
 
 import argparse
@@ -39,6 +42,10 @@ def arguments():
     )
     parser.add_argument("--full", action="store_true", help="Moshi at the 7B shape, in bfloat16")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--launches", action="store_true", help="count launches instead, on the CPU")
+    parser.add_argument(
+        "--bandwidth", type=float, default=3350, help="GB/s, for --launches (default: H100 SXM)"
+    )
     parser.add_argument("--only", choices=["mimi", "moshi", "memory"])
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--rounds", type=int, help="measurements of each, after a first one that is dropped")
@@ -54,10 +61,11 @@ else:
     os.environ.update(NO_TORCH_COMPILE="1", NO_CUDA_GRAPH="1")
 
 import torch  # noqa: E402
+from recorder import FusedAttention, Recorder  # noqa: E402
 from reference import LMGen, loaders, official_mimi, save  # noqa: E402
 
 import moshi_min  # noqa: E402
-from mimi_min import MimiConfig, init_state, load_mimi, official_names  # noqa: E402
+from mimi_min import Mimi, MimiConfig, init_state, load_mimi, official_names  # noqa: E402
 from moshi_min import Moshi, MoshiConfig, MoshiGen  # noqa: E402
 
 ROWS = []
@@ -286,6 +294,67 @@ def bench_memory():
         )
 
 
+# ---- launches ----------------------------------------------------------------------------------------------
+
+NARROW = {  # as many operators as the released size has, in little memory
+    "dim": 64,
+    "num_heads": 4,
+    "context": 16,
+    "depformer_dim": 32,
+    "depformer_num_heads": 4,
+    "depformer_dim_feedforward": int(4.125 * 32),
+}
+LAUNCH = 2e-6  # seconds a kernel of a captured graph costs when it has next to nothing to do
+
+
+@torch.no_grad()
+def watch(function):
+    """A recorder that has seen one call of `function`, after the calls that fill the delays."""
+    for _ in range(3):
+        function()
+    with FusedAttention(), Recorder(strict=False) as recorder:
+        function()
+    return recorder
+
+
+def count_launches():
+    """Operators that would launch a kernel: all but views and reserved memory, attention being one. Ours run
+    on the meta device, the official ones in eager mode on the CPU, Moshi in narrow layers."""
+    with torch.device("meta"):
+        moshi, mimi = Moshi(MoshiConfig()).to(torch.bfloat16), Mimi(MimiConfig())
+        pcm, codes = torch.empty(1, 1, mimi.frame_size), torch.zeros(1, 8, 1, dtype=torch.long)
+    mimi.num_codebooks = 8
+    sampler, state = MoshiGen(moshi), init_state(mimi, 1)
+    ours = [
+        watch(lambda: sampler.step(codes)),
+        watch(lambda: mimi.encode(pcm, state)),
+        watch(lambda: mimi.decode(codes, state)),
+    ]
+    lm = loaders.get_moshi_lm(None, loaders._lm_kwargs | NARROW, device="cpu", dtype=torch.bfloat16)
+    codec, generator = official_mimi(loaders._mimi_config, num_codebooks=8), LMGen(lm.eval())
+    pcm, codes = torch.zeros(pcm.shape), torch.zeros(codes.shape, dtype=torch.long)
+    with generator.streaming(1), codec.streaming(1):
+        official = [
+            watch(lambda: generator.step(codes)),
+            watch(lambda: codec.encode(pcm)),
+            watch(lambda: codec.decode(codes)),
+        ]
+    names = (
+        "launches of a step of Moshi 7B, bf16",
+        "launches to encode a frame",
+        "launches to decode a frame",
+    )
+    for name, a, b in zip(names, ours, official):
+        row(name, f"{a.launches:,}", f"{b.launches:,}", a.launches / b.launches)
+    size = sum(recorder.bytes_read for recorder in ours)
+    reading = size / (args.bandwidth * 1e9)
+    frames = [reading + LAUNCH * sum(recorder.launches for recorder in who) for who in (ours, official)]
+    row("predicted frame", *(f"{1000 * frame:.1f} ms" for frame in frames), frames[0] / frames[1])
+    parts = " + ".join(f"{recorder.bytes_read / 1e9:.2f}" for recorder in ours)
+    print(f"\nA frame reads {parts} GB of weights, keys and values (the rings are read whole),")
+    print(f"in {1000 * reading:.1f} ms at {args.bandwidth:.0f} GB/s. A launch takes {1e6 * LAUNCH:.0f} us.")
+
+
 def main():
     """Print the table."""
     if args.threads:
@@ -299,9 +368,12 @@ def main():
     print(f"torch {torch.__version__}, {place}\n")
     print(f"| {'':<44} | {'ours':>10} | {'official':>10} | {'ratio':>5} |")
     print(f"|{'-' * 46}|{'-' * 12}|{'-' * 12}|{'-' * 7}|")
+    if args.launches:
+        return count_launches()
     for name, function in (("mimi", bench_mimi), ("moshi", bench_moshi), ("memory", bench_memory)):
         if args.only in (None, name):
             function()
+    return None
 
 
 if __name__ == "__main__":
