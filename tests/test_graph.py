@@ -7,31 +7,28 @@ Two kinds of proof (both were broken on purpose, see mutations.py):
   graph. It must say what eager steps say.
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from recorder import PaperGraph, Recorder, listing, record
 from reference import LM, MIMI, close, lm_config, official_lm, official_mimi, save
-from torch import Tensor
 
-import mimi_min
-from mimi_min import Mimi, MimiConfig, init_state, load_mimi
+from mimi_min import Mimi, MimiConfig, Transformer, captured, init_state, load_mimi, reset_state
 from moshi_min import Moshi, MoshiConfig, MoshiGen, load_moshi
 
 # Delays of every kind, and grouped queries in both transformers.
 UNEVEN = lm_config(kv_repeat=2, depformer_kv_repeat=2, delays=[1, 0, 3, 2, 0, 4, 2])
 
 
-@contextmanager
-def whole_rings():
-    """The CPU attends only to the filled slots of a ring, and reads their number for that. In here it takes
-    all of them, as a GPU does: whatever length is read, the ring is full."""
-    mimi_min.int = lambda x: 1 << 40 if isinstance(x, Tensor) else int(x)
-    try:
-        yield
-    finally:
-        del mimi_min.int
+def whole_rings(model):
+    """The CPU attends only to the filled slots of a ring, and reads their number for that. From now on this
+    model takes all of them, as on a GPU."""
+    for part in model.modules():
+        if isinstance(part, Transformer):
+            part.attend_filled = False
+    return model
 
 
 # ---- the recorder itself -----------------------------------------------------------------------------------
@@ -134,7 +131,7 @@ def test_every_step_is_the_same(config, greedy):
         moshi = Moshi(MoshiConfig.from_dict(config) if config else MoshiConfig()).to(torch.bfloat16)
     batch = 1 if config is None else 2
     sampler = MoshiGen(moshi, batch, greedy=greedy)
-    user = torch.empty_like(sampler.user)
+    user = sampler.cache.new_empty(batch, 1 + sampler.config.n_q - sampler.own, 1)
     text, audio = user.new_empty(batch), user.new_empty(batch, sampler.own - 1)
     for _ in range(sampler.max_delay):
         assert sampler.step(user, text, audio) is None
@@ -158,19 +155,25 @@ def test_every_frame_is_the_same(codebooks):
 # ---- no Python: a graph on paper ---------------------------------------------------------------------------
 
 
+GPU = SimpleNamespace(type="cuda")  # what `captured` believes the device to be
+
+
 @pytest.fixture
-def paper(monkeypatch):
-    """Graphs are on paper: paper(moshi, batch) is a sampler that captures its second step and replays it."""
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", PaperGraph)
+def graphs(monkeypatch):
+    """Graphs are on paper. A list of those that `captured` makes."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(PaperGraph()) or made[-1])
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    return made
 
-    def make(moshi, batch):
-        sampler = MoshiGen(moshi, batch)
-        sampler.cuda_graph = True
-        return sampler
 
-    return make
+class PaperGen(MoshiGen):
+    """A sampler on the CPU that captures its second step, on paper, and replays it."""
+
+    def __init__(self, moshi, batch_size):
+        super().__init__(moshi, batch_size)
+        self._replay = captured(self._step, GPU)
 
 
 def talk(sampler, user, texts=None, audios=None):
@@ -180,7 +183,7 @@ def talk(sampler, user, texts=None, audios=None):
     return [sampler.step(step, *(f and f[s] for f in given)) for s, step in enumerate(steps)]
 
 
-def test_replayed_steps_say_what_eager_ones_say(paper, tmp_path):
+def test_replayed_steps_say_what_eager_ones_say(graphs, tmp_path):
     """300 sampled steps, many times round the ring, some tokens forced; then the same sampler after reset(),
     after a prefill, and one that is prefilled before its first step. The eager ones attend to the filled
     slots alone. Outputs are compared at the end, so each must be a tensor of its own."""
@@ -202,12 +205,12 @@ def test_replayed_steps_say_what_eager_ones_say(paper, tmp_path):
         sampler.reset()
         for prefilled in (sampler, fresh):
             said += [prefilled.prefill(history), *talk(prefilled, user[..., :40])]
-        return said, sampler
+        return said
 
-    eager, _ = conversations(MoshiGen)
-    with whole_rings():
-        replayed, sampler = conversations(paper)
-    assert isinstance(sampler.graph, PaperGraph) and len(sampler.graph.calls) > 300
+    eager = conversations(MoshiGen)
+    whole_rings(moshi)
+    replayed = conversations(PaperGen)
+    assert len(graphs) == 2 and all(len(graph.calls) > 300 for graph in graphs)
     assert [step is None for step in eager] == [step is None for step in replayed]
     wrong = [s for s, (a, b) in enumerate(zip(eager, replayed)) if a is not None and not torch.equal(a, b)]
     assert not wrong, f"{len(wrong)} of {len(eager)} steps differ, the first is {wrong[0]}"
@@ -215,33 +218,10 @@ def test_replayed_steps_say_what_eager_ones_say(paper, tmp_path):
     assert all(len(stream.unique()) > 10 for stream in tokens.transpose(0, 1)), "it says hardly anything"
 
 
-def replayed(function, *inputs):
-    """`function` as a graph runs it. Inputs are copied to where they stay. The first call is a real one, the
-    second is recorded, and from there on the record is replayed. What it gives is cloned."""
-    static = [tensor.clone() for tensor in inputs]
-    graph, output = None, None
-
-    def call(*inputs):
-        nonlocal graph, output
-        for old, new in zip(static, inputs):
-            old.copy_(new)
-        if output is None:
-            output = function(*static)
-        else:
-            if graph is None:
-                graph = PaperGraph()
-                with record(graph):
-                    output = function(*static)
-            graph.replay()
-        return output.clone()
-
-    return call
-
-
 @pytest.mark.parametrize("name", ["small", "odd"])
-def test_replayed_frames_are_eager_ones(tmp_path, name):
+def test_replayed_frames_are_eager_ones(graphs, tmp_path, name):
     """Encoder and decoder by turns, a batch of two, many times past the window: 2 or 3 positions of the
-    transformers in a frame, windows of 5 frames and of 2 and a third."""
+    transformers in a frame, windows of 5 frames and of 2 and a third. Then from the start again."""
     path = save(official_mimi(MIMI[name], seed=5), tmp_path / "mimi.safetensors")
     mimi = load_mimi(path, MimiConfig.from_dict(MIMI[name]), MIMI[name]["quantizer"]["n_q"])
     pcm = torch.randn(2, 1, 40 * mimi.frame_size) * 0.3
@@ -249,12 +229,39 @@ def test_replayed_frames_are_eager_ones(tmp_path, name):
     state = init_state(mimi, 2)
     eager_codes = [mimi.encode(frame, state) for frame in frames]
     eager_sound = [mimi.decode(codes, state) for codes in eager_codes]
-    state = init_state(mimi, 2)
-    with whole_rings():
-        encode = replayed(lambda frame: mimi.encode(frame, state), frames[0])
-        decode = replayed(lambda codes: mimi.decode(codes, state), eager_codes[0])
+    state = init_state(whole_rings(mimi), 2)
+    encode = captured(lambda frame: mimi.encode(frame, state), GPU)
+    decode = captured(lambda codes: mimi.decode(codes, state), GPU)
+    for _ in range(2):
         pairs = [(encode(frame), decode(codes)) for frame, codes in zip(frames, eager_codes)]
-    codes, sound = (torch.cat(parts, -1) for parts in zip(*pairs))
-    close(sound, torch.cat(eager_sound, -1))
-    # Attending to all slots rounds otherwise than to some: a code may be a tie.
-    assert (codes == torch.cat(eager_codes, -1)).float().mean() > 0.99
+        codes, sound = (torch.cat(parts, -1) for parts in zip(*pairs))
+        close(sound, torch.cat(eager_sound, -1))
+        # Attending to all slots rounds otherwise than to some: a code may be a tie.
+        assert (codes == torch.cat(eager_codes, -1)).float().mean() > 0.99
+        reset_state(state)
+    assert len(graphs) == 2 and all(len(graph.calls) > 50 for graph in graphs)
+
+
+def test_what_captured_refuses(graphs, monkeypatch):
+    """Another shape is an error that names both; a capture that fails says how to do without; off, it is the
+    function itself."""
+
+    def double(x):
+        return 2 * x
+
+    replay = captured(double, GPU)
+    for x in (torch.ones(2), torch.zeros(2), torch.full((2,), 3.0)):
+        assert torch.equal(replay(x), 2 * x)
+    with pytest.raises(ValueError, match=r"\[2\].*\[1\]"):
+        replay(torch.ones(1))
+    assert captured(double, GPU, cuda_graph=False) is double
+    assert captured(double, torch.device("cpu")) is double
+
+    def full(graph):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(torch.cuda, "graph", full)
+    replay = captured(double, GPU)
+    assert torch.equal(replay(torch.ones(1)), torch.full((1,), 2.0)), "the first call captures nothing"
+    with pytest.raises(RuntimeError, match="no memory.*cuda_graph=False"):
+        replay(torch.ones(1))
