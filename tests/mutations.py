@@ -301,7 +301,23 @@ GENERATE = [
     ),
 ]
 
-TRAIN = [
+LOOP = [  # of tiny/
+    (
+        "goes on a step late",
+        'return saved["step"], saved["history"]',
+        'return saved["step"] + 1, saved["history"]',
+    ),
+    (
+        "goes on with another optimizer",
+        "first, history = resume(path, **modules, optimizer=optimizer)",
+        "first, history = resume(path, **modules)",
+    ),
+    ("long gradients are not cut", "nn.utils.clip_grad_norm_(parameters, clip)", "pass"),
+    ("the rate does not fall", "0.02 + 0.98 * math.cos(math.pi / 2 * step / steps) ** 2", "1"),
+    ("the rate does not rise", "min((step + 1) / warmup, ", "min(1, "),
+]
+
+SPEECH = [  # of tiny/
     (
         "trains what is held out",
         "zlib.crc32(self.question.encode()) % 10 == 0",
@@ -317,6 +333,14 @@ TRAIN = [
         "inside = (where >= 0) & (seconds",
         "inside = (where >= 0) | (seconds",
     ),
+    (
+        "trains the speeds that are held out",
+        "speed for speed in SPEEDS if speed not in HELD_OUT_SPEEDS",
+        "speed for speed in SPEEDS",
+    ),
+]
+
+CODEC = [  # of tiny/
     (
         "labels of another moment",
         "speech.phone_at(i, (times + start) / RATE)",
@@ -345,6 +369,9 @@ TRAIN = [
         "gone = codebook.cluster_usage < -1",
     ),
     ("all quantize the same", "residual, total = residual - nearest,", "residual, total = residual,"),
+]
+
+LANGUAGE = [  # of tiny/
     ("a stream's first frame once", "nothing[:, [0, *range(TAIL)]]", "nothing[:, : TAIL + 1]"),
     (
         "each word a frame longer",
@@ -366,12 +393,16 @@ TRAIN = [
         "start, stop = end + ANSWER_AFTER, None",
         "start, stop = end + ANSWER_AFTER - 1, None",
     ),
-    ("no EPAD on the last frame", "if at <= FRAMES and text", "if at < FRAMES and text"),
+    ("no EPAD on the last frame", "if at <= FRAMES and self.text", "if at < FRAMES and self.text"),
     ("no EPAD of a number on the last frame", "start <= min(FRAMES, stop_at", "start < min(FRAMES, stop_at"),
-    ("EPAD over a word", " and text[at - 1] == PAD:", ":"),
+    ("EPAD over a word", " and self.text[at - 1] == PAD:", ":"),
     ("speaks on after 'stop'", "hush(end + STOP_AFTER)", "hush(end + STOP_AFTER + 1)"),
-    ("silence keeps the text", "        text[at:] = PAD\n", ""),
-    ("no stream begins", "put(user, encoded.start, 0)", "pass"),
+    ("silence keeps the text", "        self.text[at:] = PAD\n", ""),
+    ("no stream begins", "put(streams.user, encoded.start, 0)", "pass"),
+]
+
+EVALUATE = [  # of tiny/
+    ("who never spoke has stopped", "of=int(was_speaking)", "of=1"),
     (
         "half an answer will do",
         'return " ".join(words) == asked.turn.answer',
@@ -384,7 +415,6 @@ TRAIN = [
         'numbers.startswith(" ".join(words) + " ")',
         'numbers.startswith(" ".join(words))',
     ),
-    ("who never spoke has stopped", "of=int(was_speaking))", "of=1)"),
     (
         "a click is silence",
         "range(len(after) - 49) if not after[t : t + 50].any()",
@@ -392,6 +422,16 @@ TRAIN = [
     ),
     ("heard a frame earlier", "loud[0] / 100 + FRAME / RATE <= 0.8", "loud[0] / 100 <= 0.8"),
     ("stops a frame earlier", "quiet[0] / 100 + FRAME / RATE <= 0.7", "quiet[0] / 100 <= 0.7"),
+    (
+        "another word makes up for a lost one",
+        "recogniser.heard(sound, words) & clear",
+        "recogniser.heard(sound, words)",
+    ),
+    (
+        "words heard are those said",
+        "found[block.a : block.a + block.size]",
+        "found[block.b : block.b + block.size]",
+    ),
 ]
 
 RUNS = [
@@ -399,7 +439,11 @@ RUNS = [
     ("moshi_min.py", MOSHI, "tests/test_moshi.py"),
     ("mimi_min.py", SHARED, "tests/test_moshi.py"),
     ("generate.py", GENERATE, "tests/test_generate.py"),
-    ("tiny/train.py", TRAIN, "tests/test_train.py"),
+    ("tiny/loop.py", LOOP, "tests/test_train.py"),
+    ("tiny/speech.py", SPEECH, "tests/test_train.py"),
+    ("tiny/codec.py", CODEC, "tests/test_train.py"),
+    ("tiny/language.py", LANGUAGE, "tests/test_train.py"),
+    ("tiny/evaluate.py", EVALUATE, "tests/test_train.py"),
 ]
 
 
