@@ -74,7 +74,6 @@ def run(args: argparse.Namespace) -> int:
         frames = F.pad(sound, (0, -len(sound) % size)).split(size)
         total = lead + len(frames) + extra
     frames = itertools.chain(itertools.repeat(silence, lead), frames, itertools.repeat(silence, extra))
-
     torch.manual_seed(args.seed)
     gen = MoshiGen(moshi, 1, args.temp, args.temp_text, args.top_k, args.top_k_text, args.greedy)
     raw = args.output == "-"

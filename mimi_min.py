@@ -126,17 +126,23 @@ class CausalConv1d(nn.Module):
         return {"past": past, "started": past.new_zeros((), dtype=torch.bool)}
 
     def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
-        memory = memory_of(self, state, len(x))
+        if self.padding:
+            x = self.with_past(x, memory_of(self, state, len(x)))
+        if x.shape[-1] > self.few_outputs * self.stride:
+            return self.conv(x)
+        rows = x.unfold(-1, self.kernel, self.stride).transpose(1, 2).flatten(2)  # [B, T', C_in * kernel]
+        y = F.linear(rows.flatten(0, 1), self.conv.weight.flatten(1), self.conv.bias)
+        return y.unflatten(0, rows.shape[:2]).transpose(1, 2)
+
+    def with_past(self, x: Tensor, memory: dict) -> Tensor:
+        """[B, C_in, T] -> [B, C_in, padding + T], and its end is remembered."""
         past = memory["past"]
         if self.repeat_first:
             past = torch.where(~memory["started"], x[..., :1], past)
             memory["started"].fill_(True)
         x = torch.cat([past, x], dim=-1)
-        memory["past"].copy_(x[..., x.shape[-1] - self.padding :])
-        if x.shape[-1] > self.few_outputs * self.stride:
-            return self.conv(x)
-        rows = x.unfold(-1, self.kernel, self.stride).transpose(1, 2).flatten(2)  # [B, T', C_in * kernel]
-        return F.linear(rows, self.conv.weight.flatten(1), self.conv.bias).transpose(1, 2)
+        memory["past"].copy_(x[..., -self.padding :])
+        return x
 
 class CausalConvTranspose1d(nn.Module):
     """Upsampling by `stride`: [B, C_in, T] -> [B, C_out, T * stride]. `depthwise`: each channel by itself.
@@ -255,27 +261,24 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, placement.mask, enable_gqa=KV != H)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
-class LayerScale(nn.Module):
-    """Scales each channel of an update, little at first (Touvron et al. 2021)."""
-    def __init__(self, dim: int):
-        super().__init__()
-        self.scale = nn.Parameter(torch.full((dim,), 0.01))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale * x
+def updated(x: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
+    """x + scale * update, or x + update without a scale."""
+    return x + update if scale is None else torch.addcmul(x, scale, update)
 
 class TransformerLayer(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)). [B, T, D] -> [B, T, D].
-    `norm` and `scale` are classes: Mimi has LayerNorm and LayerScale, Helium RMSNorm and no scale."""
-    def __init__(self, attention: Attention, feed_forward: nn.Module, norm: Callable, scale: Callable):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)). [B, T, D] -> [B, T, D]. `norm` is a class.
+    `scales`: each channel of an update has a scale, small at first (LayerScale, Touvron et al. 2021)."""
+    def __init__(self, attention: Attention, feed_forward: nn.Module, norm: Callable, scales: bool):
         super().__init__()
         dim = attention.out_proj.out_features
-        self.norm1, self.attention, self.scale1 = norm(dim), attention, scale(dim)
-        self.norm2, self.feed_forward, self.scale2 = norm(dim), feed_forward, scale(dim)
+        self.norm1, self.attention = norm(dim), attention
+        self.norm2, self.feed_forward = norm(dim), feed_forward
+        self.scale1 = nn.Parameter(torch.full((dim,), 0.01)) if scales else None
+        self.scale2 = nn.Parameter(torch.full((dim,), 0.01)) if scales else None
 
     def forward(self, x: Tensor, placement: Placement, ring: Tensor | None = None) -> Tensor:
-        x = x + self.scale1(self.attention(self.norm1(x), placement, ring))
-        return x + self.scale2(self.feed_forward(self.norm2(x)))
+        x = updated(x, self.attention(self.norm1(x), placement, ring), self.scale1)
+        return updated(x, self.feed_forward(self.norm2(x)), self.scale2)
 
 class Transformer(nn.Module):
     """Both of Mimi's transformers, and Helium: causal layers with a sliding window. [B, T, D] -> [B, T, D].
@@ -308,7 +311,7 @@ class Transformer(nn.Module):
             ring = torch.arange(filled, device=x.device)
             key_positions = last - (last - ring) % self.ring_size  # the newest that fell into each slot
         visible = causal_mask(positions, key_positions, self.context)
-        mask = torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill_(~visible, -math.inf)
+        mask = visible.to(x.dtype).log()  # 0, or minus infinity
         turns = rotation(positions, self.layers[0].attention.head_dim, self.max_period)
         return Placement(turns, mask, slots)
 
@@ -344,15 +347,15 @@ class Codebook(nn.Module):
         return self.embedding_sum / self.cluster_usage.clamp(min=1e-5)[:, None]
 
     def new_memory(self, batch_size: int) -> dict:
-        """What never changes while streaming: the centroids and half their squared lengths."""
+        """What never changes while streaming: the centroids, and what `encode` makes of their lengths."""
         centroids = self.centroids
-        return {"centroids": centroids, "half_squares": centroids.pow(2).sum(1) / 2}
+        return {"centroids": centroids, "bias": -centroids.pow(2).sum(1) / 2}
 
     def encode(self, x: Tensor, state: dict | None = None) -> Tensor:
         """x [B, F, dim] -> the index of the nearest centroid [B, F].
-        |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2): the nearest c has the largest bracket, a matrix product."""
+        |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2): the nearest c has the largest bracket, a linear layer."""
         memory = memory_of(self, state, len(x))
-        return (x @ memory["centroids"].T - memory["half_squares"]).argmax(dim=-1)
+        return F.linear(x, memory["centroids"], memory["bias"]).argmax(dim=-1)
 
     def decode(self, codes: Tensor, state: dict | None = None) -> Tensor:
         """codes [B, F] -> centroids [B, F, dim]."""
@@ -377,8 +380,8 @@ class ResidualQuantizer(nn.Module):
 
     def decode(self, codes: Tensor, state: dict | None = None) -> Tensor:
         """codes [B, K, F], any K up to all codebooks -> z [B, D, F]."""
-        total = sum(codebook.decode(code, state) for codebook, code in zip(self.codebooks, codes.unbind(1)))
-        return self.output_proj(total.transpose(1, 2))
+        found = [codebook.decode(code, state) for codebook, code in zip(self.codebooks, codes.unbind(1))]
+        return self.output_proj(torch.stack(found).sum(0).transpose(1, 2))
 
 class SplitQuantizer(nn.Module):
     """A semantic codebook beside a row of acoustic ones: both quantize the latent itself, the results add."""
@@ -405,7 +408,7 @@ def mimi_transformer(config: MimiConfig) -> Transformer:
     for _ in range(config.num_layers):
         feed_forward = nn.Sequential(
             nn.Linear(dim, hidden, bias=False), nn.GELU(), nn.Linear(hidden, dim, bias=False))
-        layers.append(TransformerLayer(Attention(dim, heads, heads), feed_forward, nn.LayerNorm, LayerScale))
+        layers.append(TransformerLayer(Attention(dim, heads, heads), feed_forward, nn.LayerNorm, scales=True))
     return Transformer(layers, config.context, config.max_period, frame_positions=config.stride)
 
 class Mimi(nn.Module):
@@ -596,11 +599,10 @@ def save_weights(model: nn.Module, path: str | Path, rules: list) -> None:
         save_file(tensors, file.name)  # puts a file of its own there, which only its owner may read
         os.chmod(file.name, os.fstat(file.fileno()).st_mode & 0o777)
 
-# Rules for `official_names`, each with what it has made of a name. Those of the transformer are Helium's too.
-TRANSFORMER_NAMES = [
+TRANSFORMER_NAMES = [  # rules for `official_names`, each with what it makes of a name; these are Helium's too
     (r"\.attention\.in_proj\.", ".self_attn.in_proj_"),  # layers.0.self_attn.in_proj_weight
     (r"\.attention\.", ".self_attn."),  # layers.0.self_attn.out_proj.weight
-    (r"\.scale(\d)\.", r".layer_scale_\1.")]  # layers.0.layer_scale_1.scale
+    (r"\.scale(\d)$", r".layer_scale_\1.scale")]  # layers.0.layer_scale_1.scale
 MIMI_NAMES = [
     (r"^(encoder|decoder)\.", r"\1.model."),  # encoder.model.1.block.1.conv.weight
     (r"\.(conv|convtr)\.", r".\1.\1."),  # encoder.model.1.block.1.conv.conv.weight

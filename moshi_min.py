@@ -89,7 +89,7 @@ class SwiGLU(nn.Module):
 
 def embed(table: Tensor, tokens: Tensor) -> Tensor:
     """Rows of `table` [tokens, D] for `tokens` [...], the zero vector where the token is NO_INPUT."""
-    return torch.where((tokens == NO_INPUT)[..., None], 0, F.embedding(tokens.clamp(min=0), table))
+    return F.embedding(tokens.clamp(min=0), table).masked_fill((tokens == NO_INPUT)[..., None], 0)
 
 def random_weight(*shape: int, variance: float = 1.0) -> nn.Parameter:
     """A new matrix whose outputs are as large as its inputs, or have a share of their variance."""
@@ -190,7 +190,7 @@ class Moshi(nn.Module):
             attention = Attention(dim, config.num_heads, config.num_heads // config.kv_repeat)
             feed_forward = nn.Sequential(
                 nn.Linear(dim, 2 * hidden, bias=False), SwiGLU(), nn.Linear(hidden, dim, bias=False))
-            layers.append(TransformerLayer(attention, feed_forward, RMSNorm, nn.Identity))
+            layers.append(TransformerLayer(attention, feed_forward, RMSNorm, scales=False))
         self.transformer = Transformer(layers, config.context, config.max_period)
         self.out_norm, self.text_linear = RMSNorm(dim), nn.Linear(dim, config.text_card, bias=False)
         for module in self.modules():

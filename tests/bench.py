@@ -61,7 +61,7 @@ else:
     os.environ.update(NO_TORCH_COMPILE="1", NO_CUDA_GRAPH="1")
 
 import torch  # noqa: E402
-from recorder import FusedAttention, Recorder  # noqa: E402
+from recorder import Fused, Recorder  # noqa: E402
 from reference import LMGen, loaders, official_mimi, save  # noqa: E402
 
 import moshi_min  # noqa: E402
@@ -312,7 +312,7 @@ def watch(function):
     """A recorder that has seen one call of `function`, after the calls that fill the delays."""
     for _ in range(3):
         function()
-    with FusedAttention(), Recorder(strict=False) as recorder:
+    with Fused(), Recorder(strict=False) as recorder:
         function()
     return recorder
 

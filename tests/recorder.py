@@ -8,7 +8,7 @@ call, on the same memory, and never looks at a value. What tells whether it does
   listing         the operators of a function as lines of text, to compare one call with the next
   PaperGraph      a graph on paper: `with record(graph): ...` writes operators down, `graph.replay()` runs
                   them again, used as torch.cuda.CUDAGraph and torch.cuda.graph are
-  FusedAttention  lets the meta device run attention as one operator, as a GPU does
+  Fused           lets the meta device run attention and RMSNorm as one operator each, as a GPU does
 """
 
 import math
@@ -119,18 +119,25 @@ class Recorder(TorchDispatchMode):
         return sum(pieces.values())
 
 
-class FusedAttention(TorchFunctionMode):
-    """Lets scaled_dot_product_attention be one operator on the meta device, its result laid out as on a GPU.
-    By itself it falls into its parts there."""
+class Fused(TorchFunctionMode):
+    """Lets attention and RMSNorm be one operator each on the meta device, as they are on a GPU, attention's
+    result laid out as there. By themselves they fall into their parts."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention and args[0].is_meta:
             return self.attention(*args, **(kwargs or {}))
+        if function is F.rms_norm and args[0].is_meta:
+            return self.rms_norm(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
     @staticmethod
     def attention(query, key, value, attn_mask=None, **options):
         return aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, False)[0]
+
+    @staticmethod
+    def rms_norm(x, shape, weight=None, eps=None):
+        """LayerNorm stands in for it, one operator that reads and writes the same."""
+        return aten.native_layer_norm(x, shape, weight, None, eps)[0]
 
 
 def listing(function, names):
@@ -138,7 +145,7 @@ def listing(function, names):
     shape, strides, offset and the memory that it lies in. That is an earlier line's result, or memory from
     before; `names` (a dict, empty at first, passed on to the next call) keeps the names of the latter.
     Two calls with the same lines do the same, on the same memory."""
-    with torch.no_grad(), FusedAttention(), Recorder() as recorder:
+    with torch.no_grad(), Fused(), Recorder() as recorder:
         function()
     made, lines = {}, []
 

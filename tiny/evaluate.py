@@ -1,0 +1,336 @@
+"""The stage `eval`: talks with the finished folder about what training never drew, and prints a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+
+from codec import MIMI, finished_codec
+from generate import converse, resample
+from language import ANSWER_AFTER, COUNT_EVERY, EPAD, LEAD, PAD, TAIL
+from loop import DEVICE, FOLDER, needed, pick, progress, random_numbers
+from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, MoshiGen, load_checkpoint
+from speech import (
+    FRAME,
+    HELD_OUT_PITCHES,
+    HELD_OUT_SPEEDS,
+    MOSHI_PITCH,
+    MOSHI_SPEED,
+    MOSHI_VOICE,
+    NUMBERS,
+    RATE,
+    SMALL_TALK,
+    VOICES,
+    Espeak,
+    Turn,
+    all_answers,
+    all_turns,
+)
+
+# ------------------------------------------------------------------------------------------ the conversations
+
+
+@dataclasses.dataclass
+class Asked:
+    """A turn of an examination, and when it was said, in samples."""
+
+    kind: str  # a key of `all_turns`
+    turn: Turn
+    start: int
+    end: int
+    until: int = 0  # where the user's next question begins
+    stop: int | None = None  # where the word 'stop' ended that broke off the counting
+
+
+def examination(espeak: Espeak, rng: np.random.Generator, turns: int = 3) -> tuple[np.ndarray, list[Asked]]:
+    """What a user says in a conversation that training never drew: sound [T], and what was asked when."""
+    held_out = {
+        kind: [turn for turn in those if turn.held_out or kind in ("talk", "stop")]
+        for kind, those in all_turns().items()
+    }
+    voice, sound, asked = pick(rng, VOICES), np.zeros(90 * RATE, np.float32), []
+    at = int(rng.uniform(0.3, 2) * RATE)
+
+    def ask(text: str, at: int) -> int:
+        x, _, _ = espeak.say(text, voice, int(rng.choice(HELD_OUT_SPEEDS)), int(rng.choice(HELD_OUT_PITCHES)))
+        sound[at : at + len(x)] = x / 32768
+        return at + len(x)
+
+    for _ in range(turns):
+        kind = str(rng.choice(list(held_out), p=[0.3, 0.25, 0.25, 0.16, 0.04]))
+        turn = pick(rng, held_out[kind])
+        end = ask(turn.question, at)
+        asked.append(Asked(kind, turn, at, end))
+        finish = end + ANSWER_AFTER * FRAME
+        if turn.count_from is not None:
+            most = (len(NUMBERS) - turn.count_from) * COUNT_EVERY * FRAME / RATE
+            finish = ask("stop", finish + int(rng.uniform(1, min(8, most)) * RATE))
+            asked[-1].stop = finish
+        elif turn.answer:
+            finish += len(espeak.say(turn.answer, MOSHI_VOICE, MOSHI_SPEED, MOSHI_PITCH)[0])
+        at = finish + int(rng.uniform(0.9, 2.5) * RATE)
+        asked[-1].until = at
+    return sound[: at + 2 * RATE], asked
+
+
+@torch.no_grad()
+def talk(sounds: list[np.ndarray], greedy: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The finished folder listens to all at once, by the frame: text [B, F], Moshi's sound [B, F * 1920]."""
+    torch.manual_seed(11)
+    moshi, mimi, _, config = load_checkpoint(FOLDER, DEVICE)
+    gen = MoshiGen(moshi, len(sounds), greedy=greedy, **config["lm_gen_config"])
+    frames = max(-(-len(x) // FRAME) for x in sounds)
+    user = np.stack([np.pad(x, (0, frames * FRAME - len(x))) for x in sounds])[:, None]
+    user, text, wave = torch.from_numpy(user).to(DEVICE), [], []
+    for _, said, sound in converse(mimi, gen, user.split(FRAME, dim=-1)):
+        text.append(said[:, 0, 0].cpu())
+        wave.append(sound[:, 0].cpu())
+        progress("talk", len(text), frames)
+    return torch.stack(text, 1).numpy(), torch.cat(wave, 1).numpy()
+
+
+# ---------------------------------------------------------------------------------------------- what is heard
+
+
+class Recogniser:
+    """pocketsphinx with a grammar of what Moshi can say: a listener that nobody here has trained."""
+
+    GRAMMAR = """#JSGF V1.0;
+        grammar answers;
+        <ones> = one | two | three | four | five | six | seven | eight | nine;
+        <small> = zero | <ones> | ten;
+        <number> = <small> | eleven | twelve | thirteen | fourteen | fifteen | sixteen | seventeen | eighteen
+                 | nineteen | twenty | (twenty <ones>) | thirty;
+        public <answer> = (<small> (plus | minus) <small> is <number>) | <number>+ | """
+
+    def __init__(self, work: Path):
+        try:
+            from pocketsphinx import Decoder
+        except ImportError:
+            raise SystemExit("pocketsphinx is missing; install it: pip install pocketsphinx") from None
+
+        grammar = work / "answers.jsgf"
+        talk = [answer.replace("moshi", "mow she") for answer in SMALL_TALK]  # a word that it does not know
+        grammar.write_text(self.GRAMMAR + " | ".join(f"({answer})" for answer in talk) + ";\n")
+        self.decoder = Decoder(jsgf=str(grammar), samprate=16000, loglevel="FATAL")
+
+    def hear(self, x: np.ndarray) -> list[str]:
+        """Words in the sound [T] at 24 kHz."""
+        sound = resample(torch.from_numpy(np.pad(x.astype(np.float32), 6000)), RATE, 16000).clamp(-1, 1)
+        self.decoder.start_utt()
+        self.decoder.process_raw((sound * 32767).numpy().astype("<i2").tobytes(), full_utt=True)
+        self.decoder.end_utt()
+        found = self.decoder.hyp()
+        return found.hypstr.replace("mow she", "moshi").split() if found else []
+
+    def heard(self, x: np.ndarray, words: list[str]) -> np.ndarray:
+        """Which of the words are heard in the sound [T], in their order: [len(words)] of bool."""
+        found = np.zeros(len(words), bool)
+        matcher = difflib.SequenceMatcher(None, words, self.hear(x), autojunk=False)
+        for block in matcher.get_matching_blocks():
+            found[block.a : block.a + block.size] = True
+        return found
+
+
+def decibels(x: np.ndarray, block: int) -> np.ndarray:
+    """RMS of each whole block of x [T], in dB of full scale."""
+    blocks = x[: len(x) // block * block].reshape(-1, block)
+    return 20 * np.log10(np.sqrt(np.mean(blocks**2, axis=1)) + 1e-9)
+
+
+def words_said(tokens: np.ndarray, tokenizer) -> list[str]:
+    """The words of a piece of the text stream."""
+    return tokenizer.decode([int(token) for token in tokens if token not in (PAD, EPAD)]).split()
+
+
+def is_right(asked: Asked, words: list[str], last: int | None) -> bool:
+    """Is this the answer? A count is right if it goes up from its first number until 'stop' (or thirty)."""
+    if asked.turn.count_from is None:
+        return " ".join(words) == asked.turn.answer
+    numbers = " ".join(NUMBERS[asked.turn.count_from :]) + " "
+    in_order = bool(words) and numbers.startswith(" ".join(words) + " ")
+    if not in_order:
+        return False
+    early = asked.stop - last * FRAME  # from the last number's start to the end of 'stop', in samples
+    return early > -0.7 * RATE and (words[-1] == "thirty" or early < 1.5 * COUNT_EVERY * FRAME)
+
+
+# -------------------------------------------------------------------------------------------------- the table
+
+
+class Tally:
+    """The table: what was counted, in rows that stand in the order in which they were first counted."""
+
+    def __init__(self):
+        self.rows: dict[tuple[str, str], list[int]] = {}
+
+    def add(self, row: str, goal: str, hits: int, of: int = 1) -> None:
+        """Counts `hits` of `of` cases more."""
+        counts = self.rows.setdefault((row, goal), [0, 0])
+        counts[0], counts[1] = counts[0] + int(hits), counts[1] + of
+
+    def __str__(self) -> str:
+        rows = [
+            f"| {row} | {hits} of {of} | {100 * hits / max(of, 1):.1f} % | {goal} |"
+            for (row, goal), (hits, of) in self.rows.items()
+        ]
+        return "\n".join(["| what | count | share | goal |", "| --- | --- | --- | --- |", *rows])
+
+
+def score_text(tally: Tally, how: str, asked: Asked, tokens: np.ndarray, tokenizer) -> bool:
+    """Does the text stream [F] answer what was asked?"""
+    first, last = asked.end // FRAME, asked.until // FRAME
+    onsets = first + np.flatnonzero(~np.isin(tokens[first:last], (PAD, EPAD)))
+    words = words_said(tokens[first:last], tokenizer)
+    good = is_right(asked, words, int(onsets[-1]) if len(onsets) else None)
+    tally.add(f"text of the answer exactly right, {how}", "98 %", good)
+    tally.add(f"... {asked.kind}, {how}", "", good)
+    if not good:
+        print(f"{how}: asked {asked.turn.question!r}, said {' '.join(words)!r}", file=sys.stderr)
+    return good
+
+
+def score_timing(tally: Tally, asked: Asked, sound: np.ndarray) -> None:
+    """Is Moshi's sound [T] there when it should be, and only then?
+
+    Heard live, an answer is 80 ms later than in the file: a frame is answered when it is over.
+    """
+    block = RATE // 100  # 10 ms
+    during = decibels(sound[asked.start : asked.end], FRAME) > -45
+    tally.add("frames of the user's questions in which Moshi speaks", "under 2 %", during.sum(), len(during))
+    if asked.turn.answer or asked.turn.count_from is not None:
+        loud = np.flatnonzero(decibels(sound[asked.end : asked.until], block) > -45)
+        in_time = len(loud) > 0 and 0.1 <= loud[0] / 100 + FRAME / RATE <= 0.8
+        tally.add("answers that begin 0.1 to 0.8 s after the question's end", "95 %", in_time)
+    if asked.stop is not None:
+        was_speaking = (decibels(sound[asked.stop - RATE : asked.stop], block) > -45).any()
+        after = decibels(sound[asked.stop : asked.stop + 2 * RATE], block) > -45
+        quiet = [t for t in range(len(after) - 49) if not after[t : t + 50].any()]  # for half a second
+        in_time = len(quiet) > 0 and quiet[0] / 100 + FRAME / RATE <= 0.7
+        tally.add(
+            "silent within 0.7 s of the end of 'stop'", "95 %", was_speaking and in_time, of=int(was_speaking)
+        )
+
+
+def score_words(
+    tally: Tally, espeak: Espeak, recogniser: Recogniser, right: list[tuple[str, np.ndarray]]
+) -> None:
+    """Are the words of right answers, [(what the text says, Moshi's sound [T]), ...], to be heard as well?
+
+    The recogniser misses some words even of the voice that Moshi learnt from. So only those count that it
+    hears there, and each must be heard from Moshi too: another that happens to be clear makes up for nothing.
+    """
+    for answer, sound in right:
+        words = answer.split()
+        plain = espeak.say(answer, MOSHI_VOICE, MOSHI_SPEED, MOSHI_PITCH)[0] / 32768
+        clear = recogniser.heard(plain, words)
+        row = "words of right answers that the recogniser hears when espeak-ng says them"
+        tally.add(row, "", clear.sum(), len(words))
+        heard = recogniser.heard(sound, words) & clear
+        tally.add(
+            "... and that it hears when Moshi says them too, of those", "95 %", heard.sum(), clear.sum()
+        )
+
+
+@torch.no_grad()
+def codec_alone(espeak: Espeak, recogniser: Recogniser) -> dict[int, tuple[int, int]]:
+    """{codebooks: (words of Moshi's sentences heard when coded with so many, of those heard anyway)}."""
+    mimi, found = finished_codec(), {number: [0, 0] for number in (8, 4, 2, 1)}
+    for text in sorted(all_answers()):
+        x = espeak.say(text, MOSHI_VOICE, MOSHI_SPEED, MOSHI_PITCH)[0] / np.float32(32768)
+        codes = mimi.encode(torch.from_numpy(np.pad(x, (LEAD * FRAME, TAIL * FRAME)))[None, None].to(DEVICE))
+        clear = recogniser.heard(x, text.split())
+        for number, counts in found.items():
+            sound = mimi.decode(codes[:, :number])[0, 0, LEAD * FRAME : LEAD * FRAME + len(x)].cpu().numpy()
+            counts[0] += int((recogniser.heard(sound, text.split()) & clear).sum())
+            counts[1] += int(clear.sum())
+    return {number: tuple(counts) for number, counts in found.items()}
+
+
+@torch.no_grad()
+def phones_in_codes(
+    espeak: Espeak, rng: np.random.Generator, sentences: int = 400
+) -> dict[int, tuple[int, int]]:
+    """{codebook: (frames whose phone its code tells, frames)}: each code stands for its most frequent phone.
+
+    What is most frequent is counted on every other sentence, and told on those between; silence is left out.
+    """
+    mimi, names, frames = finished_codec(), ["_"], ([], [])
+    for i in range(sentences):
+        turn = pick(rng, all_turns()[pick(rng, ["sum", "difference", "count", "talk"])])
+        x, _, phones = espeak.say(
+            turn.question,
+            pick(rng, VOICES),
+            int(pick(rng, HELD_OUT_SPEEDS)),
+            int(pick(rng, HELD_OUT_PITCHES)),
+        )
+        codes = mimi.encode(torch.from_numpy(x / np.float32(32768))[None, None].to(DEVICE))[0].cpu().numpy()
+        names += sorted({name for _, name in phones} - {*names})
+        starts = np.array([start for start, _ in phones])
+        for f in range(len(x) // FRAME):
+            at = np.searchsorted(starts, (f + 0.25) * FRAME / RATE, side="right") - 1
+            if at >= 0 and not phones[at][1].startswith("_"):
+                frames[i % 2].append((names.index(phones[at][1]), codes[:, f]))
+    found = {}
+    for k in (0, 1):
+        counts = np.zeros((MIMI.bins, len(names)))
+        for phone, codes in frames[0]:
+            counts[codes[k], phone] += 1
+        told = counts.argmax(1)
+        found[k] = (sum(int(told[codes[k]] == phone) for phone, codes in frames[1]), len(frames[1]))
+    return found
+
+
+def score_codec(tally: Tally, espeak: Espeak, recogniser: Recogniser) -> None:
+    """What the codec keeps: of words, and of phones in its first two codebooks."""
+    for number, (heard, clear) in codec_alone(espeak, recogniser).items():
+        row = (
+            "words of all sentences that it hears from espeak-ng, and through the codec alone too, with "
+            f"{number} of 8 codebooks"
+        )
+        tally.add(row, "97 %" if number == 8 else "", heard, clear)
+    for k, (hits, frames) in phones_in_codes(espeak, random_numbers(10)).items():
+        which = ("first, semantic", "second, acoustic")[k]
+        tally.add(f"phones that the {which} code tells", "", hits, frames)
+
+
+def score_silence(tally: Tally) -> None:
+    """Does it say nothing to 80 s of silence?"""
+    tokens, sound = talk([np.zeros(1000 * FRAME, np.float32)], greedy=True)
+    says = (decibels(sound[0], FRAME) > -45) | ~np.isin(tokens[0], (PAD, EPAD))
+    tally.add("frames of silence in which Moshi says something", "none", says.sum(), len(says))
+
+
+def stage_eval(work: Path, conversations: int = 200) -> None:
+    """Talks with the folder and prints what came of it, as a table in Markdown."""
+    for name, stage in ((MIMI_FILE, "voice"), (MOSHI_FILE, "lm"), ("config.json", "lm")):
+        needed(FOLDER / name, stage)
+    espeak, rng, recogniser, tally = Espeak(), random_numbers(8), Recogniser(work), Tally()
+    exams = [examination(espeak, rng) for _ in range(conversations)]
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(FOLDER / TOKENIZER_FILE))
+    for how in ("greedy", "sampled"):
+        text, waves = talk([sound for sound, _ in exams], greedy=how == "greedy")
+        marked = [
+            (asked, score_text(tally, how, asked, tokens, tokenizer), sound)
+            for (_, those), tokens, sound in zip(exams, text, waves)
+            for asked in those
+        ]
+        if how == "sampled":
+            continue
+        for asked, _, sound in marked:
+            score_timing(tally, asked, sound)
+        right = [
+            (asked.turn.answer, sound[asked.end : asked.until])
+            for asked, good, sound in marked
+            if good and asked.turn.answer
+        ]
+        score_words(tally, espeak, recogniser, right)
+    score_codec(tally, espeak, recogniser)
+    score_silence(tally)
+    print(tally)
