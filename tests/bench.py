@@ -369,7 +369,8 @@ def main():
     print(f"| {'':<44} | {'ours':>10} | {'official':>10} | {'ratio':>5} |")
     print(f"|{'-' * 46}|{'-' * 12}|{'-' * 12}|{'-' * 7}|")
     if args.launches:
-        return count_launches()
+        count_launches()
+        return
     for name, function in (("mimi", bench_mimi), ("moshi", bench_moshi), ("memory", bench_memory)):
         if args.only in (None, name):
             function()
