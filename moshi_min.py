@@ -154,14 +154,14 @@ class DepthDecoder(nn.Module):
             x = layer(x, codebooks, cache)
         return codebook_linear(x, self.output_proj[codebooks])
 
-def delay(codes: Tensor, delays: list[int], initial: Tensor) -> Tensor:
+def delay(codes: Tensor, delays: list[int] | tuple[int, ...], initial: Tensor) -> Tensor:
     """Shifts stream k of codes [B, K, F] right by delays[k]. The gap gets initial[k], the end falls off."""
     length, longest = codes.shape[-1], max(delays)
     padded = torch.cat([initial[:, None].expand(*codes.shape[:2], longest), codes], dim=-1)
     starts = [longest - shift for shift in delays]
     return torch.stack([padded[:, k, start : start + length] for k, start in enumerate(starts)], dim=1)
 
-def undelay(x: Tensor, delays: list[int]) -> tuple[Tensor, Tensor]:
+def undelay(x: Tensor, delays: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """The inverse of `delay` for x [B, K, F, C], NaN where a stream has run out, and its mask [B, K, F]."""
     length = x.shape[2]
     padded = F.pad(x, (0, 0, 0, max(delays)), value=math.nan)

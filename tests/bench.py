@@ -374,7 +374,6 @@ def main():
     for name, function in (("mimi", bench_mimi), ("moshi", bench_moshi), ("memory", bench_memory)):
         if args.only in (None, name):
             function()
-    return None
 
 
 if __name__ == "__main__":
