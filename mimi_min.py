@@ -23,7 +23,7 @@ from typing import NamedTuple
 import safetensors
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 @dataclasses.dataclass
@@ -549,43 +549,36 @@ def newer_name(name: str) -> str:
     """The name in newer files, where an attention has a tensor for each codebook; Helium's is number 0."""
     return re.sub(r"\.(in|out)_proj[_.]weight$", r".\1_projs.{k}.weight", name)
 
-class WeightFile:
-    """A SafeTensors file whose tensors are taken out one by one. On the CPU they are mapped, not read."""
-    def __init__(self, path: str | Path, device, dtype: torch.dtype | None):
-        open(path, "rb").close()  # its OSError says what is wrong; safe_open calls every such file missing
-        try:
-            self.file = safetensors.safe_open(path, framework="pt", device=str(device))
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path}: not a whole SafeTensors file ({error}); no other is read") from None
-        self.path, self.dtype, self.unused = path, dtype, set(self.file.keys())
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        """The tensor of this name, in the dtype asked for (None: its own), which must have this shape."""
-        if name not in self.unused:
-            raise ValueError(f"{self.path}: the tensor {name} is missing")
-        stored, kind = self.file.get_slice(name).get_shape(), self.file.get_slice(name).get_dtype()
-        if stored != list(shape) or kind not in ("F64", "F32", "F16", "BF16"):
-            raise ValueError(f"{self.path}: {name} has the shape {stored} and the dtype {kind}, expected "
-                             f"{list(shape)} and floats (int8 files are not read)")
-        self.unused.remove(name)
-        return self.file.get_tensor(name).to(dtype=self.dtype)
-
-    def take_ours(self, name: str, shape: torch.Size) -> Tensor:
-        """A tensor of ours by its released name: there, or in pieces, or under a newer name."""
-        if name in self.unused and name != newer_name(name):  # the released files stack codebooks
-            return self.take(name, math.prod(shape[:-1]), shape[-1]).view(shape)
-        name = newer_name(name)
-        if "{k}" not in name or len(shape) < 3:
-            return self.take(name.format(k=0), *shape)
-        pieces = [self.take(name.format(k=k), *shape[1:]) for k in range(shape[0])]
-        return torch.stack(pieces) if pieces else torch.empty(shape, dtype=self.dtype)
-
 def load_weights(model: nn.Module, path: str | Path, rules: list, device, dtype: torch.dtype | None) -> None:
-    """Fills `model`, built on the meta device, from a SafeTensors file; ValueError if that isn't its file."""
-    file, empty, names = WeightFile(path, device, dtype), model.state_dict(), official_names(model, rules)
-    weights = {ours: file.take_ours(name, empty[ours].shape) for ours, name in names.items()}
-    if file.unused:
-        raise ValueError(f"{path}: the tensor {min(file.unused)} is not known, does the config fit the file?")
+    """Fills `model`, built on the meta device, from a SafeTensors file; ValueError if that isn't its file.
+    On the CPU tensors are mapped from the file, not read, where they have the dtype (None: any)."""
+    open(path, "rb").close()  # its OSError says what is wrong; load_file calls every such file missing
+    try:
+        stored = load_file(path, device=str(device))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a whole SafeTensors file ({error}); no other is read") from None
+
+    def take(name: str, *shape: int) -> Tensor:
+        if name not in stored:
+            raise ValueError(f"{path}: the tensor {name} is missing")
+        tensor = stored.pop(name)
+        if tensor.shape != shape or not tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} is {tensor.dtype} of the shape {list(tensor.shape)}, expected "
+                             f"floats of {list(shape)}")
+        return tensor.to(dtype)
+
+    weights, empty = {}, model.state_dict()
+    for ours, name in official_names(model, rules).items():
+        newer, shape = newer_name(name), empty[ours].shape
+        if name in stored and name != newer:  # an attention in a released file, all codebooks stacked
+            weights[ours] = take(name, math.prod(shape[:-1]), shape[-1]).view(shape)
+        elif "{k}" in newer and len(shape) == 3:
+            pieces = [take(newer.format(k=k), *shape[1:]) for k in range(shape[0])]
+            weights[ours] = torch.stack(pieces) if pieces else torch.empty(shape, dtype=dtype)
+        else:
+            weights[ours] = take(newer.format(k=0), *shape)
+    if stored:
+        raise ValueError(f"{path}: the tensor {min(stored)} is not known, does the config fit the file?")
     model.load_state_dict(weights, assign=True)
 
 def save_weights(model: nn.Module, path: str | Path, rules: list) -> None:
