@@ -18,14 +18,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimi_min import Mimi, captured, init_state, whole_file
-from moshi_min import MIMI_FILE, MOSHI_FILE, NO_INPUT, TOKENIZER_FILE, Checkpoint, MoshiGen, load_checkpoint
+from mimi_min import Mimi, init_state, whole_file
+from moshi_min import MIMI_FILE, MOSHI_FILE, NO_INPUT, TOKENIZER_FILE, MoshiGen, captured, load_checkpoint
 
 @torch.no_grad()
 def converse(mimi: Mimi, gen: MoshiGen, frames: Iterable[Tensor], change: Callable = lambda codes: codes,
@@ -35,7 +36,7 @@ def converse(mimi: Mimi, gen: MoshiGen, frames: Iterable[Tensor], change: Callab
     [B, n_q - dep_q, 1], Moshi's tokens [B, 1 + dep_q, 1] (text first) and Moshi's sound [B, 1, frame_size],
     the last two None while the delays fill. `change(codes)` is heard in place of the user's codes. `texts`:
     text tokens [B] that Moshi has to say, one for each frame, -2 where it is free."""
-    state, texts = init_state(mimi, len(gen.cache)), iter(texts)
+    state, texts = init_state(mimi, len(gen.strip)), iter(texts)
     encode = captured(lambda sound: mimi.encode(sound, state), gen.device, gen.cuda_graph)
     decode = captured(lambda codes: mimi.decode(codes, state), gen.device, gen.cuda_graph)
     for number, frame in enumerate(frames):
@@ -56,8 +57,8 @@ TINY = Path(__file__).resolve().parent / "tiny"
 class Problem(Exception):
     """Something that the user can put right: one line that says what and how."""
 
-def fail(message: str):
-    """What argparse should do, too."""
+def fail(message: str) -> NoReturn:
+    """Raises a Problem, also in the place of argparse's own error, which would exit."""
     raise Problem(message)
 
 def run(args: argparse.Namespace) -> int:
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     return 130 if interrupted else 0
 
 def talk(mimi: Mimi, gen: MoshiGen, frames, screen, writer) -> tuple[np.ndarray, bool]:
-    """Tells and writes what `converse` yields, while `frames` [frame_size] come or until Ctrl-C.
+    """Prints and writes what `converse` yields, while `frames` [frame_size] come or until Ctrl-C.
     Returns the aligned codes of all streams [1 + n_q, F], NO_INPUT where there is none; True after Ctrl-C."""
     all_heard, all_said, interrupted = [], [], False
     try:
@@ -103,7 +104,7 @@ def talk(mimi: Mimi, gen: MoshiGen, frames, screen, writer) -> tuple[np.ndarray,
                 screen.say(int(said[0, 0]))
             if sound is not None and not sound.isfinite().all():
                 fail("the checkpoint's codec makes samples that are not finite; get it again")
-            if heard is not None:
+            if heard is not None:  # else there is no frame of the user to stand beside
                 all_heard.append(heard[0].cpu())
                 writer.add(screen.frame, None if sound is None else sound[0, 0].cpu())
                 screen.frame_done()
@@ -115,17 +116,17 @@ def talk(mimi: Mimi, gen: MoshiGen, frames, screen, writer) -> tuple[np.ndarray,
             column[:] = token[:, 0]
     return codes, interrupted
 
-def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
+def open_checkpoint(args: argparse.Namespace):
     """The checkpoint that was named, or a Problem that says what to do."""
     try:
         dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
         return load_checkpoint(args.checkpoint, args.device, dtype)
     except (FileNotFoundError, NotADirectoryError) as error:
         files = ", ".join((MOSHI_FILE, MIMI_FILE, TOKENIZER_FILE))
-        return fail(f"{error.filename}: {error.strerror}. It takes {files}; get the released ones with: hf "
-                    "download kyutai/moshiko-pytorch-bf16 --local-dir moshiko, then say --checkpoint moshiko")
+        fail(f"{error.filename}: {error.strerror}. It takes {files}; get the released ones with: hf download "
+             "kyutai/moshiko-pytorch-bf16 --local-dir moshiko, then say --checkpoint moshiko")
     except ValueError as error:
-        return fail(f"{error}; get the checkpoint again, or name another one")
+        fail(f"{error}; get the checkpoint again, or name another one")
 
 # ------------------------------------------------------------------------------------------- the command line
 def number(kind: type, low: int) -> Callable[[str], float]:
@@ -174,7 +175,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 def check_files(args: argparse.Namespace) -> None:
-    """A Problem unless all files that are named can be meant."""
+    """A Problem for a file that cannot be read or written as it is named."""
     if args.output == "-" and args.stereo or args.tokens == "-":
         fail("--stereo and --tokens need a file, not '-'; name one")
     if args.question == "-" and sys.stdin.isatty():
@@ -189,7 +190,7 @@ def check_files(args: argparse.Namespace) -> None:
             fail(f"{path} is named twice; name another one")
 
 def settle(args: argparse.Namespace, config: dict) -> None:
-    """What the command line leaves open is as config.json says, which is checked."""
+    """Fills in from config.json, which is checked, what the command line leaves open."""
     if args.question == "-" and args.lead_seconds is None:
         args.lead_seconds = 0  # live, silence first would stay as lag
     for name, _, reader, section, key, default in SETTINGS:
@@ -197,7 +198,8 @@ def settle(args: argparse.Namespace, config: dict) -> None:
             value = reader(str(config.get(section, {}).get(key, default)))
         except (AttributeError, argparse.ArgumentTypeError):
             fail(f"config.json: {key} in {section} {config[section]!r} must be a number; correct it")
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     args.greedy |= not config.get("lm_gen_config", {}).get("use_sampling", True)
 
 # ------------------------------------------------------------------------------------------------------ sound
@@ -244,9 +246,9 @@ def resample(x: Tensor, rate_in: int, rate_out: int) -> Tensor:
     if rate_in == rate_out:
         return x
     up, down = rate_out // math.gcd(rate_in, rate_out), rate_in // math.gcd(rate_in, rate_out)
-    blocks = -(-len(x) // down) + -(-100 // up)  # with silence at the end: what rings there comes round
+    blocks = math.ceil(len(x) / down) + math.ceil(100 / up)  # silence at the end: a spectrum goes round
     spectrum = torch.fft.rfft(F.pad(x, (0, blocks * down - len(x))))
-    limit = blocks * min(up, down) / 2  # the lower Nyquist frequency, where `spectrum` has a number for each
+    limit = blocks * min(up, down) / 2  # the lower Nyquist frequency, as an index into the spectrum
     share = (torch.arange(len(spectrum)) / limit - 0.8) / 0.2
     gain = (1 + torch.cos(math.pi * share.clamp(0, 1))) / 2
     y = torch.fft.irfft(spectrum * gain, n=blocks * up) * (up / down)
@@ -321,7 +323,7 @@ class Screen:
         show(self.utf8.decode(text), self.stream)
 
     def end(self) -> None:
-        """Ends the line, after what came of a last character, if it is cut off."""
+        """Ends the line, after a last character that is not whole."""
         show(self.utf8.decode(b"", True) + "\n", self.stream)
 
     def frame_done(self) -> None:

@@ -73,46 +73,22 @@ def init_state(module: nn.Module, batch_size: int) -> dict:
     return {part: part.new_memory(batch_size) for part in module.modules() if hasattr(part, "new_memory")}
 
 def reset_state(state: dict) -> None:
-    """Empties all memories in place. What a codebook keeps stays: it is computed from its weights."""
-    for part, memory in state.items():
-        for tensor in memory.values() if not isinstance(part, Codebook) else ():
+    """Empties all memories in place. A codebook's stays: it is computed from the weights, not from sound."""
+    for memory in (memory for part, memory in state.items() if not isinstance(part, Codebook)):
+        for tensor in memory.values():
             tensor.zero_()
 
-def memory_of(part: nn.Module, state: dict | None, batch_size: int) -> dict:
+def memory_of(part: nn.Module, state: dict | None, x: Tensor) -> dict:
     """The memory of one module: its entry in `state`, or without a state an empty one for this call alone."""
-    return part.new_memory(batch_size) if state is None else state[part]
-
-def captured(function: Callable[..., Tensor], device: torch.device, cuda_graph: bool = True) -> Callable:
-    """`function` of tensors as a CUDA graph, all its kernels launched at once; itself on other devices. The
-    first call is eager, as a dummy one would spoil memory and random numbers; the second captures; all later
-    ones only replay. Between calls values may change, but not shapes (ValueError), where memory lies, or what
-    Python decides. Results are copies."""
-    if not cuda_graph or device.type != "cuda":
-        return function
-    graph, inputs, results = torch.cuda.CUDAGraph(), [], []
-    def replay(*given: Tensor) -> Tensor:
-        if not inputs:
-            inputs.extend(tensor.clone() for tensor in given)
-            return function(*inputs)
-        for mine, new in zip(inputs, given):
-            if mine.shape != new.shape:
-                raise ValueError(f"captured for the shape {list(mine.shape)}, called with {list(new.shape)}")
-            mine.copy_(new)
-        if not results:
-            try:
-                with torch.cuda.device(device), torch.cuda.graph(graph):
-                    results.append(function(*inputs))
-            except RuntimeError as error:
-                raise RuntimeError(f"no CUDA graph was captured ({error}); try cuda_graph=False") from error
-        graph.replay()
-        return results[0].clone()
-    return replay
+    if state is not None and x.requires_grad:
+        raise ValueError("stream inside torch.no_grad(): the memory keeps no gradients")
+    return part.new_memory(len(x)) if state is None else state[part]
 
 class CausalConv1d(nn.Module):
     """A convolution that sees only the past: it pads with kernel - stride samples, all of them on the left.
     They are the end of the last chunk; at the start zeros or, with `repeat_first`, the first input.
     [B, C_in, T] -> [B, C_out, T / stride], T a multiple of the stride."""
-    few_outputs = 2048  # up to so many, a matrix product is faster than the CPU's convolution kernels
+    matmul_up_to = 2048  # outputs: for so few a matrix product is faster than the CPU's convolution kernels
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, bias=True, repeat_first=False):
         super().__init__()
@@ -127,8 +103,8 @@ class CausalConv1d(nn.Module):
 
     def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
         if self.padding:
-            x = self.with_past(x, memory_of(self, state, len(x)))
-        if x.shape[-1] > self.few_outputs * self.stride:
+            x = self.with_past(x, memory_of(self, state, x))
+        if x.shape[-1] > self.matmul_up_to * self.stride:
             return self.conv(x)
         rows = x.unfold(-1, self.kernel, self.stride).transpose(1, 2).flatten(2)  # [B, T', C_in * kernel]
         y = F.linear(rows.flatten(0, 1), self.conv.weight.flatten(1), self.conv.bias)
@@ -137,7 +113,7 @@ class CausalConv1d(nn.Module):
     def with_past(self, x: Tensor, memory: dict) -> Tensor:
         """[B, C_in, T] -> [B, C_in, padding + T], and its end is remembered."""
         past = memory["past"]
-        if self.repeat_first:
+        if self.repeat_first:  # (autograd keeps the condition, hence a new tensor)
             past = torch.where(~memory["started"], x[..., :1], past)
             memory["started"].fill_(True)
         x = torch.cat([past, x], dim=-1)
@@ -146,8 +122,8 @@ class CausalConv1d(nn.Module):
 
 class CausalConvTranspose1d(nn.Module):
     """Upsampling by `stride`: [B, C_in, T] -> [B, C_out, T * stride]. `depthwise`: each channel by itself.
-    The kernel is 2 * stride long. Of the 2 * stride outputs of an input the first half is added to the second
-    half of the input before it: a matrix product and an overlap-add, with one second half to remember."""
+    The kernel is 2 * stride long. Of an input's 2 * stride outputs the first half is added to the second half
+    of the outputs before: a matrix product and an overlap-add, with one second half to remember."""
     def __init__(self, c_in: int, c_out: int, stride: int, bias: bool = True, depthwise: bool = False):
         super().__init__()
         self.c_out, self.stride, self.depthwise = c_out, stride, depthwise
@@ -158,7 +134,7 @@ class CausalConvTranspose1d(nn.Module):
         return {"tail": self.convtr.weight.new_zeros(batch_size, 1, self.c_out, self.stride)}
 
     def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
-        memory = memory_of(self, state, len(x))
+        memory = memory_of(self, state, x)
         x, weight = x.transpose(1, 2), self.convtr.weight  # [B, T, C_in], [C_in, C_out, 2 * stride]
         made = x[..., None] * weight[:, 0] if self.depthwise else x @ weight.flatten(1)
         first, second = made.view(*x.shape[:2], self.c_out, 2, self.stride).unbind(3)  # [B, T, C_out, stride]
@@ -215,7 +191,7 @@ class Decoder(Layers):
 
 # ------------------------------------------------------------------------------------------------ transformer
 def rotation(positions: Tensor, head_dim: int, max_period: float) -> Tensor:
-    """What `rope` multiplies pairs with: cos + i sin of their angles, [T, head_dim / 2] complex."""
+    """The factors for `rope`: cos + i sin of each pair's angle, [T, head_dim / 2] complex."""
     pairs = torch.arange(head_dim // 2, device=positions.device, dtype=torch.float32)
     frequencies = torch.exp(pairs * (-math.log(max_period) * 2 / head_dim))
     angles = positions.float()[:, None] * frequencies
@@ -261,7 +237,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, placement.mask, enable_gqa=KV != H)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
-def updated(x: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
+def add_scaled(x: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
     """x + scale * update, or x + update without a scale."""
     return x + update if scale is None else torch.addcmul(x, scale, update)
 
@@ -277,19 +253,19 @@ class TransformerLayer(nn.Module):
         self.scale2 = nn.Parameter(torch.full((dim,), 0.01)) if scales else None
 
     def forward(self, x: Tensor, placement: Placement, ring: Tensor | None = None) -> Tensor:
-        x = updated(x, self.attention(self.norm1(x), placement, ring), self.scale1)
-        return updated(x, self.feed_forward(self.norm2(x)), self.scale2)
+        x = add_scaled(x, self.attention(self.norm1(x), placement, ring), self.scale1)
+        return add_scaled(x, self.feed_forward(self.norm2(x)), self.scale2)
 
 class Transformer(nn.Module):
     """Both of Mimi's transformers, and Helium: causal layers with a sliding window. [B, T, D] -> [B, T, D].
-    While streaming, keys and values of a layer lie in a ring, position p in slot p % ring_size. It has a slot
-    more than the window for each further position of a frame, whose first query still wants all its keys."""
+    While streaming, keys and values lie in a ring, position p in slot p % ring_size. All n keys of a frame
+    are written before its first query reads, hence n - 1 slots more than the window has."""
     def __init__(self, layers: list[TransformerLayer], context: int, max_period: float, frame_positions=1):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.context, self.max_period, self.frame_positions = context, max_period, frame_positions
         self.ring_size = context + frame_positions - 1
-        self.attend_filled = True  # on the CPU; see `place`
+        self.attend_filled = True  # on the CPU; False: the whole ring, as on a GPU
 
     def new_memory(self, batch_size: int) -> dict:
         """The rings, and the position of the next input: a tensor, since a replayed graph runs no Python."""
@@ -304,32 +280,31 @@ class Transformer(nn.Module):
         slots = None
         if state is not None:
             positions = positions + state[self]["position"]
-            slots, last = positions % self.ring_size, positions[-1]
-            filled = self.ring_size
-            if self.attend_filled and x.device.type == "cpu":  # less to read; a graph needs fixed shapes
+            slots = positions % self.ring_size
+            last, filled = positions[-1], self.ring_size
+            if self.attend_filled and x.device.type == "cpu":  # less to read, but a graph needs fixed shapes
                 filled = min(filled, int(last) + 1)
             ring = torch.arange(filled, device=x.device)
             key_positions = last - (last - ring) % self.ring_size  # the newest that fell into each slot
         visible = causal_mask(positions, key_positions, self.context)
-        mask = visible.to(x.dtype).log()  # 0, or minus infinity
+        mask = visible.to(x.dtype).log()  # of 1 is 0, of 0 minus infinity
         turns = rotation(positions, self.layers[0].attention.head_dim, self.max_period)
         return Placement(turns, mask, slots)
 
     def forward(self, x: Tensor, state: dict | None = None) -> Tensor:
         length, rings = x.shape[1], [None] * len(self.layers)
         if state is not None:
-            if x.requires_grad:
-                raise ValueError("stream inside torch.no_grad(): the memory keeps no gradients")
-            if length > self.frame_positions and int(state[self]["position"]) + length > self.ring_size:
+            memory = memory_of(self, state, x)
+            if length > self.frame_positions and int(memory["position"]) + length > self.ring_size:
                 # Written at once, it would overwrite what its own first positions still want to see.
                 frames = x.split(self.frame_positions, dim=1)
                 return torch.cat([self(frame, state) for frame in frames], dim=1)
-            rings = state[self]["rings"]
+            rings = memory["rings"]
         placement = self.place(x, state)
         for layer, ring in zip(self.layers, rings):
             x = layer(x, placement, ring)
         if state is not None:
-            state[self]["position"] += length
+            memory["position"] += length
         return x
 
 # ------------------------------------------------------------------------------------------------- quantizers
@@ -354,12 +329,12 @@ class Codebook(nn.Module):
     def encode(self, x: Tensor, state: dict | None = None) -> Tensor:
         """x [B, F, dim] -> the index of the nearest centroid [B, F].
         |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2): the nearest c has the largest bracket, a linear layer."""
-        memory = memory_of(self, state, len(x))
+        memory = memory_of(self, state, x)
         return F.linear(x, memory["centroids"], memory["bias"]).argmax(dim=-1)
 
     def decode(self, codes: Tensor, state: dict | None = None) -> Tensor:
         """codes [B, F] -> centroids [B, F, dim]."""
-        return F.embedding(codes, memory_of(self, state, len(codes))["centroids"])
+        return F.embedding(codes, memory_of(self, state, codes)["centroids"])
 
 class ResidualQuantizer(nn.Module):
     """Codebooks in a row, each quantizing what those before it left over, between two projections."""
@@ -393,8 +368,10 @@ class SplitQuantizer(nn.Module):
 
     def encode(self, z: Tensor, state: dict | None = None) -> Tensor:
         """z [B, D, F] -> codes [B, K, F], K = num_codebooks."""
-        codes, more = self.semantic.encode(z, 1, state), self.num_codebooks - 1
-        return torch.cat([codes, self.acoustic.encode(z, more, state)], dim=1) if more else codes
+        codes = self.semantic.encode(z, 1, state)
+        if self.num_codebooks == 1:
+            return codes
+        return torch.cat([codes, self.acoustic.encode(z, self.num_codebooks - 1, state)], dim=1)
 
     def decode(self, codes: Tensor, state: dict | None = None) -> Tensor:
         """codes [B, K, F], K from 1 to all -> z [B, D, F]."""
@@ -469,7 +446,7 @@ class Mimi(nn.Module):
 
 # ------------------------------------------------------------------------------------ config and weight files
 def check_sizes(config, may_be_zero: tuple[str, ...] = ()) -> None:
-    """ValueError unless every field of a config dataclass holds positive numbers of its default's kind."""
+    """ValueError unless all fields hold numbers of their default's kind, above 0 and below 2**20."""
     for field in dataclasses.fields(config):
         value, is_list = getattr(config, field.name), isinstance(field.default, tuple)
         numbers = value if isinstance(value, (list, tuple)) else [value]
@@ -552,7 +529,7 @@ def newer_name(name: str) -> str:
 def load_weights(model: nn.Module, path: str | Path, rules: list, device, dtype: torch.dtype | None) -> None:
     """Fills `model`, built on the meta device, from a SafeTensors file; ValueError if that isn't its file.
     On the CPU tensors are mapped from the file, not read, where they have the dtype (None: any)."""
-    open(path, "rb").close()  # its OSError says what is wrong; load_file calls every such file missing
+    open(path, "rb").close()  # raises the right OSError, where load_file calls every such file missing
     try:
         stored = load_file(path, device=str(device))
     except safetensors.SafetensorError as error:
@@ -589,7 +566,7 @@ def save_weights(model: nn.Module, path: str | Path, rules: list) -> None:
         pieces = enumerate(tensor) if "{k}" in name and tensor.dim() == 3 else [(0, tensor)]
         tensors.update({name.format(k=k): piece.contiguous() for k, piece in pieces})
     with whole_file(path) as file:
-        save_file(tensors, file.name)  # puts a file of its own there, which only its owner may read
+        save_file(tensors, file.name)  # replaces the file by one that only its owner may read
         os.chmod(file.name, os.fstat(file.fileno()).st_mode & 0o777)
 
 TRANSFORMER_NAMES = [  # rules for `official_names`, each with what it makes of a name; these are Helium's too

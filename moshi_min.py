@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
-from mimi_min import (TRANSFORMER_NAMES, Attention, Mimi, MimiConfig, Transformer, TransformerLayer, captured,
+from mimi_min import (TRANSFORMER_NAMES, Attention, Mimi, MimiConfig, Transformer, TransformerLayer,
                       check_official, check_sizes, init_state, load_mimi, load_weights, reset_state,
                       save_mimi, save_weights)
 
@@ -37,7 +37,7 @@ class MoshiConfig:
     num_layers: int = 32
     num_heads: int = 32
     kv_repeat: int = 1  # query heads that share one key and value head
-    hidden_scale: float = 4.125  # feed-forward width over dim, before the gate takes its third
+    hidden_scale: float = 4.125  # width of a plain feed-forward over dim; SwiGLU has two thirds of it
     context: int = 3000  # sliding window, in frames
     max_period: float = 10000.0  # of the rotary embedding
     n_q: int = 16  # audio streams in all: Moshi's and the user's
@@ -92,7 +92,7 @@ def embed(table: Tensor, tokens: Tensor) -> Tensor:
     return F.embedding(tokens.clamp(min=0), table).masked_fill((tokens == NO_INPUT)[..., None], 0)
 
 def random_weight(*shape: int, variance: float = 1.0) -> nn.Parameter:
-    """A new matrix whose outputs are as large as its inputs, or have a share of their variance."""
+    """A new weight or table, random with the official spread: `variance` over its last size."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=(variance / shape[-1]) ** 0.5))
 
 # ---------------------------------------------------------------------------------------------- depth decoder
@@ -166,8 +166,8 @@ def undelay(x: Tensor, delays: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     length = x.shape[2]
     padded = F.pad(x, (0, 0, 0, max(delays)), value=math.nan)
     shifted = torch.stack([padded[:, k, shift : shift + length] for k, shift in enumerate(delays)], dim=1)
-    lasts = torch.arange(length, device=x.device) < length - torch.tensor(delays, device=x.device)[:, None]
-    return shifted, lasts.expand(len(x), -1, -1)
+    present = torch.arange(length, device=x.device) < length - torch.tensor(delays, device=x.device)[:, None]
+    return shifted, present.expand(len(x), -1, -1)
 
 # ------------------------------------------------------------------------------------------------------ Moshi
 class MoshiOutput(NamedTuple):
@@ -195,7 +195,7 @@ class Moshi(nn.Module):
         self.out_norm, self.text_linear = RMSNorm(dim), nn.Linear(dim, config.text_card, bias=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                module.weight = random_weight(*module.weight.shape)  # as large as the official ones
+                module.weight = random_weight(*module.weight.shape)
         self.depth_decoder = DepthDecoder(config)
 
     @property
@@ -232,20 +232,19 @@ class Moshi(nn.Module):
 
     def loss(self, codes: Tensor, text_padding_weight: float = 0.5,
              first_codebook_weight: float = 100.0) -> tuple[Tensor, dict[str, Tensor]]:
-        """The training loss on codes [B, 1 + n_q, F]: total, {"text": ..., "audio": ...}, weighted means of
-        cross-entropies. PAD and EPAD, most of the text, weigh less than words; the semantic codebook weighs
-        more. As in moshi-finetune, with the weights of its example."""
+        """The loss on codes [B, 1 + n_q, F]: total, {"text": ..., "audio": ...}, weighted means as in
+        moshi-finetune. PAD and EPAD, most of the text, weigh less than words, the semantic codebook more."""
         config, output = self.config, self(codes)
-        def mean(logits: Tensor, mask: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        def weighted_mean(logits: Tensor, mask: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
             losses = F.cross_entropy(logits[mask].float(), targets[mask], reduction="none")
-            return (losses * weights[mask]).sum() / weights[mask].sum()
+            return (losses * weights[mask]).sum() / weights[mask].sum().clamp(min=1e-9)
         text, audio = codes[:, :1], codes[:, 1 : 1 + config.dep_q]
         is_padding = (text == config.existing_text_padding_id) | (text == config.existing_text_end_padding_id)
         text_weights = torch.where(is_padding, text_padding_weight, 1.0)
         audio_weights = torch.ones(audio.shape, device=codes.device)
         audio_weights[:, 0] = first_codebook_weight
-        parts = {"text": mean(output.text_logits, output.text_mask, text, text_weights),
-                 "audio": mean(output.audio_logits, output.audio_mask, audio, audio_weights)}
+        parts = {"text": weighted_mean(output.text_logits, output.text_mask, text, text_weights),
+                 "audio": weighted_mean(output.audio_logits, output.audio_mask, audio, audio_weights)}
         return parts["text"] + parts["audio"], parts
 
 # ------------------------------------------------------------------------------------------------- generation
@@ -260,12 +259,41 @@ def sample(logits: Tensor, temp: float, top_k: int) -> Tensor:
     choice = (top / torch.empty_like(top).exponential_(1)).argmax(dim=-1, keepdim=True)
     return tokens.gather(-1, choice)[:, 0]
 
+def captured(function, device: torch.device, cuda_graph: bool = True):
+    """`function` of tensors as a CUDA graph, all its kernels launched at once; itself on other devices.
+    The first call is eager (a mere warm-up would move memory and random numbers on), the second captures, all
+    later ones replay. Values may change between calls; shapes (ValueError), the place of memory and the
+    branches that Python takes may not. Results are copies."""
+    if not cuda_graph or device.type != "cuda":
+        return function
+    graph, inputs, results = torch.cuda.CUDAGraph(), [], []
+    def replay(*given: Tensor) -> Tensor:
+        if not inputs:
+            inputs.extend(tensor.clone() for tensor in given)
+            return function(*inputs)
+        for mine, new in zip(inputs, given):
+            if mine.shape != new.shape:
+                raise ValueError(f"captured for the shape {list(mine.shape)}, called with {list(new.shape)}")
+            mine.copy_(new)
+        if not results:
+            try:
+                with torch.cuda.device(device), torch.cuda.graph(graph):
+                    results.append(function(*inputs))
+            except RuntimeError as error:
+                raise RuntimeError(f"no CUDA graph was captured ({error}); try cuda_graph=False") from error
+        graph.replay()
+        return results[0].clone()
+    return replay
+
 class MoshiGen:
-    """Talks: a frame of the user's codes in, a frame of text and Moshi's codes out, for ever.
-    Its cache is a strip of tokens in delayed time, a row for each stream. A step reads column max_delay and
-    makes the next one; then the strip moves one column to the left. Stream k lies delays[k] columns late, so
-    the frame that a step completes has its token of stream k in column 1 + delays[k]. `greedy` takes the
-    likeliest token. On CUDA a step is a captured graph, or eager with `cuda_graph=False`, to walk through."""
+    """Talks: a frame of the user's codes in, a frame of text and Moshi's codes out (or None), for ever.
+    Tokens lie in a strip, a row for each stream, a column for each moment of delayed time:
+
+        0 .. max_delay - 1   max_delay   max_delay + 1   ..  2 * max_delay   last
+        said, not all out    read now    made now        the user's, early   always UNGENERATED
+    A step ends with moving it one column to the left. Stream k lies delays[k] columns late: the user's codes
+    go into column max_delay + delays[k], and the frame that is whole now is in column 1 + delays[k]. `greedy`
+    takes the likeliest token. On CUDA a step is a captured graph, or eager with `cuda_graph=False`."""
     def __init__(self, moshi: Moshi, batch_size: int = 1, temp: float = 0.8, temp_text: float = 0.7,
                  top_k: int = 250, top_k_text: int = 25, greedy: bool = False, cuda_graph: bool = True):
         if min(temp, temp_text) < 0 or min(top_k, top_k_text) < 1:
@@ -273,8 +301,7 @@ class MoshiGen:
         self.moshi, self.config = moshi, moshi.config
         self.temp, self.temp_text = (0.0, 0.0) if greedy else (temp, temp_text)
         self.top_k, self.top_k_text = top_k, top_k_text
-        self.own = 1 + self.config.dep_q  # streams that Moshi makes: text and its voice
-        self.max_delay = max(self.config.delays)
+        self.own, self.max_delay = 1 + self.config.dep_q, max(self.config.delays)  # own: text, Moshi's voice
         self.initial = moshi.initial[:, None]  # [1 + n_q, 1], as are the delays and the streams' numbers
         self.device = self.initial.device
         self.delays = torch.tensor(self.config.delays, device=self.device)[:, None]
@@ -282,15 +309,15 @@ class MoshiGen:
         # All that a step keeps lies in tensors that stay where they are, so that a graph can replay it.
         self.state = init_state(moshi, batch_size)
         self.offset = torch.zeros(1, dtype=torch.long, device=self.device)  # steps so far
-        self.cache = self.initial.new_empty(batch_size, len(self.delays), 2 * self.max_delay + 2)
+        self.strip = self.initial.new_empty(batch_size, len(self.delays), 2 * self.max_delay + 3)
         self.cuda_graph = cuda_graph
-        self._replay = captured(self._step, self.device, cuda_graph)
+        self._run = captured(self._step, self.device, cuda_graph)
         self.reset()
 
     def reset(self) -> None:
         """Forgets the conversation."""
         reset_state(self.state)
-        self.cache.fill_(UNGENERATED)
+        self.strip.fill_(UNGENERATED)
         self.offset.zero_()
         self.steps = 0
 
@@ -298,27 +325,29 @@ class MoshiGen:
     def step(self, user_codes: Tensor, text: Tensor | None = None,
              audio: Tensor | None = None) -> Tensor | None:
         """The user's codes [B, n_q - dep_q, 1] -> tokens [B, 1 + dep_q, 1], text first, or None at the start.
-        A frame is whole max(delays) steps after its first token. `text` [B] and `audio` [B, dep_q] force the
-        tokens of this step (delayed time), -2: sample this one. Random numbers are drawn all the same."""
-        expected = [len(self.cache), 1 + self.config.n_q - self.own, 1]
+        Step s hears the user's frame s - 1 (step 0 nothing) and completes Moshi's frame s - max(delays).
+        `text` [B] and `audio` [B, dep_q] force the tokens that are made now, in delayed time; -2 samples one.
+        Random numbers are drawn all the same. ValueError for codes of another shape."""
+        expected = [len(self.strip), self.config.n_q - self.config.dep_q, 1]
         if list(user_codes.shape) != expected:
             raise ValueError(f"a step takes user codes {expected}, not {list(user_codes.shape)}")
-        forced = self.cache.new_empty(len(self.cache), self.own)
+        forced = self.strip.new_empty(len(self.strip), self.own)
         forced[:, 0] = UNGENERATED if text is None else text
         forced[:, 1:] = UNGENERATED if audio is None else audio
-        tokens = self._replay(user_codes.to(self.device), forced)
+        tokens = self._run(user_codes.to(self.device), forced)
         self.steps += 1
         return tokens if self.steps > self.max_delay else None
 
     def _step(self, user_codes: Tensor, forced: Tensor) -> Tensor:
         """One step on static tensors: no value on the host is read or made, so a graph can replay it."""
-        now, own, cache = self.max_delay, self.own, self.cache
-        cache[:, self.streams[own:], now + self.delays[own:]] = user_codes
-        tokens = torch.where(self.offset <= self.delays, self.initial, cache[:, :, now, None])
+        now, own, strip = self.max_delay, self.own, self.strip
+        strip[:, self.streams[own:], now + self.delays[own:]] = user_codes
+        # Before its delay is over a stream has only its initial token.
+        tokens = torch.where(self.offset <= self.delays, self.initial, strip[:, :, now, None])
         hidden, text_logits = self.moshi.temporal(tokens, self.state)
 
         # A token is forced by the caller, or by a prefill that reaches beyond this step.
-        forced = torch.where(forced == UNGENERATED, cache[:, :own, now + 1], forced)
+        forced = torch.where(forced == UNGENERATED, strip[:, :own, now + 1], forced)
         made: list[Tensor] = []
         past: list[list[Tensor]] = [[] for _ in self.moshi.depth_decoder.layers]
         for k in range(own):  # the text, then the codebooks, each seeing the one before
@@ -328,20 +357,19 @@ class MoshiGen:
                 logits = self.moshi.depth_decoder(hidden[:, 0], made[-1][None], k - 1, past)[0]
                 token = sample(logits, self.temp, self.top_k)
             made.append(torch.where(forced[:, k] == UNGENERATED, token, forced[:, k]))
-        cache[:, :own, now + 1] = torch.stack(made, dim=1)
+        strip[:, :own, now + 1] = torch.stack(made, dim=1)
 
-        frame = cache[:, self.streams[:own], 1 + self.delays[:own]]
-        cache[:, :, :-1] = cache[:, :, 1:].clone()
+        frame = strip[:, self.streams[:own], 1 + self.delays[:own]]
+        strip[:, :, :-1] = strip[:, :, 1:].clone()
         self.offset += 1
         return frame
 
     @torch.no_grad()
     def prefill(self, codes: Tensor) -> Tensor | None:
-        """Starts from a history: codes [B, 1 + n_q, F] of all streams, aligned as in `Moshi.forward`.
-        It ends with the step that hears the user's frame F - 1, and returns what that step gives: frame
-        F - max(delays), if there is one. Next comes `step` with the user's frame F."""
+        """Starts from a history: codes [B, 1 + n_q, F] of all streams, aligned as in `Moshi.forward`. Returns
+        what the step gives that hears the user's frame F - 1. Next comes `step` with the user's frame F."""
         frames, shifts, initial = codes.shape[-1], [1 + d for d in self.config.delays], self.moshi.initial
-        if self.steps or codes.shape[:2] != self.cache.shape[:2]:
+        if self.steps or codes.shape[:2] != self.strip.shape[:2]:
             raise ValueError("prefill starts a conversation, after reset(), with the codes of all streams")
         if not frames:
             return None
@@ -349,9 +377,9 @@ class MoshiGen:
         self.offset.fill_(frames)
         self.steps = frames
         # The strip around step F: the delayed streams reach beyond it, and nothing is known before frame 0.
-        around = F.pad(codes, (self.max_delay, 1 + self.max_delay), value=UNGENERATED)
+        around = F.pad(codes, (self.max_delay, 3 + self.max_delay), value=UNGENERATED)
         tokens = delay(around, shifts, torch.full_like(initial, UNGENERATED))
-        self.cache[:, :, :-1] = tokens[:, :, frames:]
+        self.strip.copy_(tokens[:, :, frames:])
         return self.step(codes[:, self.own :, -1:])
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -437,7 +465,7 @@ MOSHI_NAMES = [  # as MIMI_NAMES; a codebook {k} has a tensor of its own in the 
     (r"\.feed_forward\.0", ".gating.linear_in"),  # transformer.layers.0.gating.linear_in.weight
     (r"\.feed_forward\.2", ".gating.linear_out")]
 
-MOSHI_DEFAULTS = {  # what config.json means where it leaves a key out
+MOSHI_DEFAULTS = {  # what config.json means where it leaves a key out (some of it is refused then)
     "dim": 128, "num_heads": 8, "kv_repeat": 1, "hidden_scale": 4, "max_period": 10000, "n_q": 8, "dep_q": 8,
     "card": 1024, "text_card": 32000, "delays": [0], "existing_text_padding_id": 3,
     "existing_text_end_padding_id": 0, "depformer_dim": 256, "depformer_dim_feedforward": 0,
@@ -451,7 +479,7 @@ MOSHI_FIXED = {  # what is the same in every Moshi, and cannot be anything else 
     "depformer_low_rank_embeddings": None, "cross_attention": False, "demux_second_text_stream": False,
     "demux_second_stream": False, "extra_heads_num_heads": 0, "conditioners": {}, "lora": False,
     "quantize": False, "model_type": "moshi"}
-MOSHI_IGNORED = (  # what says nothing of the model
+MOSHI_IGNORED = (  # keys without an effect here
     "extra_heads_dim", "fuser", "lora_name", "lora_rank", "lora_scaling", "gradient_checkpointing",
     "depformer_causal", "depformer_context", "depformer_max_period", "moshi_name", "mimi_name", "model_id",
     "mimi_config_name", "tokenizer_name", "lm_gen_config", "stt_config", "tts_config")
@@ -488,7 +516,7 @@ def check_moshi_fits(config: MoshiConfig) -> None:
         raise ValueError("config: the padding tokens must be below text_card")
 
 def check_settings(config: dict) -> None:
-    """ValueError unless names of files are text, and `lm_gen_config` says what it may."""
+    """ValueError unless names of files are text, and `lm_gen_config` has only keys that are known."""
     for key in ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name"):
         if not isinstance(config.get(key, ""), str):
             raise ValueError(f"config: {key} must be the name of a file, not {config[key]!r}")

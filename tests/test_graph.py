@@ -15,8 +15,8 @@ import torch
 from recorder import PaperGraph, Recorder, listing, record
 from reference import LM, MIMI, close, lm_config, official_lm, official_mimi, save
 
-from mimi_min import Mimi, MimiConfig, Transformer, captured, init_state, load_mimi, reset_state
-from moshi_min import Moshi, MoshiConfig, MoshiGen, load_moshi
+from mimi_min import Mimi, MimiConfig, Transformer, init_state, load_mimi, reset_state
+from moshi_min import Moshi, MoshiConfig, MoshiGen, captured, load_moshi
 
 # Delays of every kind, and grouped queries in both transformers.
 UNEVEN = lm_config(kv_repeat=2, depformer_kv_repeat=2, delays=[1, 0, 3, 2, 0, 4, 2])
@@ -131,7 +131,7 @@ def test_every_step_is_the_same(config, greedy):
         moshi = Moshi(MoshiConfig.from_dict(config) if config else MoshiConfig()).to(torch.bfloat16)
     batch = 1 if config is None else 2
     sampler = MoshiGen(moshi, batch, greedy=greedy)
-    user = sampler.cache.new_empty(batch, 1 + sampler.config.n_q - sampler.own, 1)
+    user = sampler.strip.new_empty(batch, 1 + sampler.config.n_q - sampler.own, 1)
     text, audio = user.new_empty(batch), user.new_empty(batch, sampler.own - 1)
     for _ in range(sampler.max_delay):
         assert sampler.step(user, text, audio) is None
@@ -173,7 +173,7 @@ class PaperGen(MoshiGen):
 
     def __init__(self, moshi, batch_size):
         super().__init__(moshi, batch_size)
-        self._replay = captured(self._step, GPU)
+        self._run = captured(self._step, GPU)
 
 
 def talk(sampler, user, texts=None, audios=None):

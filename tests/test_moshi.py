@@ -568,13 +568,14 @@ def test_prefill(pair, device, name, frames):
             theirs = speak(sampler, heard[..., frames:], forced[:, 0, frames:], forced[:, 1:, frames:])[1:]
         torch.manual_seed(3)
         sampler = MoshiGen(ours, 2, greedy=greedy)
-        sampler.prefill(history)
+        first = sampler.prefill(history)
         mine = speak(sampler, user)
         silent = max(0, max(delays) - frames - 1)
         tokens = same_tokens(mine, theirs, delays, silent)
         if greedy:  # and `forward` on the same history agrees with what was said next
             start = frames + 1 + silent - max(delays)  # the frame that came out first
-            said = torch.cat([history[:, :own, :start], tokens], -1)
+            made = [first] if start > frames else []  # without delays prefill has made a new frame already
+            said = torch.cat([history[:, :own, :start], *made, tokens], -1)
             codes = torch.cat([said, torch.cat([history[:, own:], user], -1)[..., : said.shape[-1]]], 1)
             check_agreement(config, ours, codes, skip=frames)
     assert len(before) == frames
