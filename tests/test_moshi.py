@@ -575,7 +575,7 @@ def test_prefill(pair, device, name, frames):
         if greedy:  # and `forward` on the same history agrees with what was said next
             start = frames + 1 + silent - max(delays)  # the frame that came out first
             made = [first] if start > frames else []  # without delays prefill has made a new frame already
-            said = torch.cat([history[:, :own, :start], *made, tokens], -1)
+            said = torch.cat([history[:, :own, :start], *made, tokens], -1)[..., : frames + more]
             codes = torch.cat([said, torch.cat([history[:, own:], user], -1)[..., : said.shape[-1]]], 1)
             check_agreement(config, ours, codes, skip=frames)
     assert len(before) == frames
