@@ -308,9 +308,9 @@ class Screen:
 
     def watch(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
         """The user's frames [T] -> [1, 1, T]. Waiting for one is no work: it counts from when it came."""
-        for self.frame in frames:
-            self.came = time.monotonic()
-            yield self.frame[None, None]
+        for frame in frames:
+            self.frame, self.came = frame, time.monotonic()
+            yield frame[None, None]
 
     def say(self, token: int) -> None:
         """Prints a token: a piece of a word, a single byte (<0xE2>), or without a tokenizer its number."""
