@@ -113,7 +113,7 @@ class CausalConv1d(nn.Module):
     def with_past(self, x: Tensor, memory: dict) -> Tensor:
         """[B, C_in, T] -> [B, C_in, padding + T], and its end is remembered."""
         past = memory["past"]
-        if self.repeat_first:  # (autograd keeps the condition, hence a new tensor)
+        if self.repeat_first:  # `~` makes a new condition, which autograd may keep while `started` changes
             past = torch.where(~memory["started"], x[..., :1], past)
             memory["started"].fill_(True)
         x = torch.cat([past, x], dim=-1)
