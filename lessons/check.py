@@ -7,8 +7,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from lessons.lab import strips  # noqa: E402
 from mimi_min import CausalConv1d, Mimi, MimiConfig, ResidualQuantizer, official_names  # noqa: E402
-from moshi_min import MOSHI_NAMES, DepthDecoder, Moshi, MoshiConfig, delay, gated_width, sample  # noqa: E402
+from moshi_min import MOSHI_NAMES, DepthDecoder, Moshi, MoshiConfig, delay, gated_width  # noqa: E402
 
 SMALL = {
     "dim": 32,
@@ -130,14 +131,14 @@ def lesson_9(my):
 
 
 def lesson_10(my):
-    logits = torch.randn(12) * 2
-    for temp, top_k in ((1.0, 12), (0.5, 4), (2.0, 2)):
-        torch.manual_seed(0)
-        drawn = sample(logits.expand(40000, -1), temp, top_k)
-        measured = torch.bincount(drawn, minlength=12) / 40000
-        given = my.top_k_probabilities(logits, temp, top_k)
-        assert torch.allclose(given.sum(), torch.tensor(1.0)), "probabilities add up to 1"
-        assert (given - measured).abs().max() < 0.015, f"40,000 draws at {temp}, {top_k} say {measured}"
+    for delays, own in (((0, 0, 2, 0, 1), 3), ((1, 0, 3, 3, 0), 3), ((0, 2, 1), 2), ((0, 0, 0), 2)):
+        for step, (strip, _, frame) in enumerate(strips(delays, own, steps=12)):
+            if step > 2 * max(delays):
+                mine, heard, said = my.strip(list(delays), own, step)
+                where = f"delays {delays}, {own} of them Moshi's, step {step}"
+                assert heard == step - 1, f"{where}: frame 0 goes in twice, so not frame {heard} is heard"
+                assert said == frame[0], f"{where}: frame {int(frame[0])} comes out, not {said}"
+                assert torch.equal(mine, strip), f"{where}: the strip is\n{strip}\nnot\n{mine}"
 
 
 def lesson_11(my):

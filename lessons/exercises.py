@@ -55,8 +55,12 @@ def delayed(codes: Tensor, delays: list[int], initial: Tensor) -> Tensor:
     raise NotImplementedError
 
 
-def top_k_probabilities(logits: Tensor, temp: float, top_k: int) -> Tensor:
-    """Lesson 10. logits [C] -> the probability with which `sample` draws each token."""
+def strip(delays: list[int], own: int, step: int) -> tuple[Tensor, int, int]:
+    """Lesson 10. The sampler's strip in a step, counted from 0, just before it moves. The first `own` streams
+    are Moshi's, the others the user's. Three things: the number of the frame whose token stands in each
+    column [streams, 2 * max(delays) + 2], -2 where none is made yet; the number of the user's frame that this
+    step is given; that of Moshi's frame that comes out. The step is so late (2 * max(delays) + 1 or more)
+    that nothing before frame 0 is left on the strip."""
     raise NotImplementedError
 
 
@@ -67,6 +71,6 @@ def text_loss(logits: Tensor, targets: Tensor, padding_weight: float) -> Tensor:
 
 
 def official_name(ours: str) -> str:
-    """Lesson 12. The name in an official file of one of our tensors of Helium's layers, for example of
+    """Lesson 12. The name in a released file of one of our tensors of Helium's layers, for example of
     'transformer.layers.3.attention.in_proj.weight' or 'transformer.layers.3.feed_forward.2.weight'."""
     raise NotImplementedError

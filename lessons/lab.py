@@ -1,5 +1,6 @@
 """What the experiments of LESSONS.md share: the tiny checkpoint, its recordings, the loop, two measures."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from generate import converse, read_wav
-from moshi_min import Checkpoint, MoshiGen, load_checkpoint
+from moshi_min import UNGENERATED, Checkpoint, Moshi, MoshiConfig, MoshiGen, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 FRAME, RATE = 1920, 24000  # samples in a frame, samples a second
@@ -35,8 +36,9 @@ def talk(
 ) -> tuple[Tensor, Tensor]:
     """The duplex loop of lesson 10: sound [1, 1, T] -> tokens [9, F] and Moshi's sound [F * 1920].
 
-    Greedy, or drawn with a `seed`. `text` forces a text token at each step, -2 leaves it free. `change` gets
-    the user's codes [1, 8, 1] of each frame and returns what Moshi hears in their place.
+    Greedy, or drawn with a `seed`. `text` forces text tokens, -2 leaves one free; Moshi makes its first frame
+    before it is given any, so number f is that of frame f + 1. `change` gets the user's codes [1, 8, 1] of
+    each frame and returns what Moshi hears in their place.
     """
     torch.manual_seed(seed or 0)
     gen = MoshiGen(checkpoint.moshi, greedy=seed is None, **checkpoint.config["lm_gen_config"])
@@ -44,6 +46,39 @@ def talk(
     conversation = converse(checkpoint.mimi, gen, sound.split(FRAME, dim=-1), change, texts)
     _, tokens, waves = zip(*conversation)
     return torch.cat(tokens, dim=-1)[0], torch.cat(waves, dim=-1)[0, 0]
+
+
+OUTSIDE, START = 98, 99  # in `strips`: a token before the first frame; the token that starts a stream
+
+
+def strips(delays: tuple[int, ...], own: int, steps: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """The first steps of the sampler of a small random Moshi, the first `own` of whose streams are its own.
+
+    For each step: its strip [streams, columns] just before it moves, the tokens that the model reads
+    [streams], and the frame that comes out [own] or None. Each token is the number of its frame, so that one
+    sees where it goes: those of the user are given so, and those that Moshi makes are forced.
+    """
+    depth = {"depformer_dim": 8, "depformer_num_layers": 1, "depformer_num_heads": 1}
+    sizes = {"n_q": len(delays) - 1, "dep_q": own - 1, "card": START, "text_card": START, "context": 10}
+    moshi = Moshi(MoshiConfig(dim=8, num_layers=1, num_heads=1, delays=delays, **sizes, **depth))
+    gen, temporal, seen = MoshiGen(moshi), moshi.temporal, []
+
+    def watch(tokens: Tensor, state: dict) -> tuple[Tensor, Tensor]:
+        seen[:] = gen.cache[0, :, :1].clone(), tokens[0, :, 0]  # the column that will leave, what is read
+        return temporal(tokens, state)
+
+    moshi.temporal = watch
+    for step in range(steps):
+        heard = torch.full((1, len(delays) - own, 1), max(step - 1, 0))  # frame 0 goes in twice
+        made = torch.tensor([step - shift if shift <= step else OUTSIDE for shift in delays[:own]])
+        frame = gen.step(heard, text=made[:1], audio=made[None, 1:])
+        strip = torch.cat([seen[0], gen.cache[0, :, :-1]], dim=1)  # the last column is always empty
+        yield strip, seen[1], None if frame is None else frame[0, :, 0]
+
+
+def sign(token: int) -> str:
+    """How a token of `strips` is shown: S for a stream's start, x before frame 0, a dot if not made yet."""
+    return {START: "S", OUTSIDE: "x", UNGENERATED: "."}.get(int(token), str(int(token)))
 
 
 def words(checkpoint: Checkpoint, text: Tensor) -> str:

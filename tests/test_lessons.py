@@ -1,4 +1,4 @@
-"""The course: every block prints what stands under it, every exercise has a solution, pictures are there."""
+"""The course and README: blocks print what stands under them, exercises have solutions, pictures exist."""
 
 import base64
 import importlib
@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import solutions
+import torch
 from conftest import ROOT
 from matplotlib.image import imread
 
-from lessons import check, exercises, refresh
+from lessons import check, exercises, lab, refresh
+from moshi_min import MoshiGen
 
 TEXT = (ROOT / "LESSONS.md").read_text()
 BLOCKS = refresh.read_blocks(TEXT)
@@ -55,6 +57,21 @@ def test_lesson(lesson):
             f"{block.code}\nprints\n{printed}\nbut LESSONS.md says\n{block.expected}\n"
             "(python lessons/refresh.py)"
         )
+
+
+def test_readme(monkeypatch):
+    """README's block prints what stands under it, and loses none of the user's frames, not even the first."""
+    given, step = [], MoshiGen.step
+
+    def watched(self, user_codes, *forced):
+        given.append(user_codes)
+        return step(self, user_codes, *forced)
+
+    monkeypatch.setattr(MoshiGen, "step", watched)
+    ((block, printed),) = refresh.run_blocks(refresh.read_blocks((ROOT / "README.md").read_text()))
+    assert printed == block.expected
+    heard = lab.tiny().mimi.encode(lab.recording("question.wav"))
+    assert torch.equal(torch.cat(given, dim=-1), torch.cat([heard[..., :1], heard], dim=-1))
 
 
 @pytest.mark.parametrize("lesson", range(13))
