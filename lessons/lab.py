@@ -64,7 +64,7 @@ def strips(delays: tuple[int, ...], own: int, steps: int) -> Iterator[tuple[Tens
     gen, temporal, seen = MoshiGen(moshi), moshi.temporal, []
 
     def watch(tokens: Tensor, state: dict) -> tuple[Tensor, Tensor]:
-        seen[:] = gen.cache[0, :, :1].clone(), tokens[0, :, 0]  # the column that will leave, what is read
+        seen[:] = gen.strip[0, :, :1].clone(), tokens[0, :, 0]  # the column that will leave, what is read
         return temporal(tokens, state)
 
     moshi.temporal = watch
@@ -72,7 +72,7 @@ def strips(delays: tuple[int, ...], own: int, steps: int) -> Iterator[tuple[Tens
         heard = torch.full((1, len(delays) - own, 1), max(step - 1, 0))  # frame 0 goes in twice
         made = torch.tensor([step - shift if shift <= step else OUTSIDE for shift in delays[:own]])
         frame = gen.step(heard, text=made[:1], audio=made[None, 1:])
-        strip = torch.cat([seen[0], gen.cache[0, :, :-1]], dim=1)  # the last column is always empty
+        strip = torch.cat([seen[0], gen.strip[0, :, :-2]], dim=1)  # the last columns are always empty
         yield strip, seen[1], None if frame is None else frame[0, :, 0]
 
 
