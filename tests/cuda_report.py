@@ -47,6 +47,7 @@ WARM = 10  # frames before a measurement: an eager one, one that is captured, th
 FRAMES = 100
 FEW = 50  # kernels: a frame has many more
 NEEDED = 20e9  # bytes free on the disk for a 7B checkpoint of 15.7 GB
+TWICE = 36e9  # bytes of memory for two such models
 PATIENCE = 60  # seconds that writing it may take
 LEAST = 15  # seconds that a part must have
 
@@ -124,6 +125,8 @@ def kernels(folder):
         if sum(event.count for event in found) > FEW:
             break
         note(f"kernels: the profiler saw next to none of the {name} frame's")
+    if not found:
+        return
     busy = sum(event.self_device_time_total for event in found) / 1000
     row(f"kernels of a frame ({name}), by the profiler", f"{sum(event.count for event in found):,}")
     row("the time spent in them", f"{busy:.1f} ms")
@@ -187,6 +190,8 @@ def files(folder):
     row("a frame, from its first to its last", f"{milliseconds} ms")
     row("peak memory, allocated", f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
     torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[1] < TWICE:
+        return note("files: the tests for the released weights are skipped, two models of 15.4 GB do not fit")
     # Not the known answers, which random weights cannot give.
     command = [sys.executable, "-m", "pytest", "-q", "-rf", "tests/test_moshi.py", "-m", "cuda"]
     environment = {**os.environ, "MOSHI_CHECKPOINT": str(path)}
@@ -202,7 +207,7 @@ def files(folder):
 BENCH = [sys.executable, "tests/bench.py", "--full", "--device", DEVICE, "--only"]
 OURS = [sys.executable, "tests/cuda_report.py", "--part"]
 PARTS = {  # the most telling ones first: command, and seconds it may take
-    "tests": ([sys.executable, "-m", "pytest", "-q", "-rf", "-m", "cuda"], 150),
+    "tests": ([sys.executable, "-m", "pytest", "-q", "-rf", "-m", "cuda"], 180),
     "steps": ([*BENCH, "moshi"], 120),
     "frames": ([*OURS, "frames"], 90),
     "kernels": ([*OURS, "kernels"], 60),
