@@ -1,5 +1,7 @@
 # make demo   a virtual environment, the packages, and `python generate.py`
 # make test   the same environment plus the reference implementations, then `make lint` and the tests
+# make cuda   on a machine with a GPU: the environment of `make test`, then all that a GPU can show, as one table
+#             (some of it: make cuda ARGS="--only tests,steps"; another torch: see "On a GPU" in README.md)
 # make lint   ruff: the rules and the layout, as pyproject.toml sets them
 # make clean  removes the environment
 PYTHON ?= python3
@@ -10,12 +12,15 @@ PIP := $(PY) -m pip install --disable-pip-version-check
 # installed last and without its dependencies, which requirements-test.txt names.
 MOSHI := moshi==0.2.13 'sphn<0.3'
 
-.PHONY: demo test lint clean
+.PHONY: demo test cuda lint clean
 demo: $(VENV)/.run-installed
 	$(PY) generate.py
 
 test: lint
 	$(PY) -m pytest -q
+
+cuda: $(VENV)/.test-installed
+	$(PY) tests/cuda_report.py $(ARGS)
 
 lint: $(VENV)/.test-installed
 	$(PY) -m ruff check .

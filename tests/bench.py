@@ -9,6 +9,9 @@ machine.
          7B's (bfloat16; both models share one set of weights: 15.4 GB, and 1.6 GB of ring for each)
   memory the peak of a process that makes the model and runs a few steps, one process for each
 
+On CUDA both run as they are meant to: ours captured as graphs, the official package compiled and with graphs,
+in float32 without TF32, as `generate.py` runs. NO_TORCH_COMPILE=1 keeps the official one from compiling.
+
 `--launches` measures no time. It counts the kernels that a frame would launch on a GPU at the released sizes,
 and predicts from them, and from the bytes that are read, how long the frame takes.
 """
@@ -35,7 +38,7 @@ SMALL = {
 }
 
 
-def arguments():
+def arguments(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -51,29 +54,33 @@ def arguments():
     parser.add_argument("--rounds", type=int, help="measurements of each, after a first one that is dropped")
     # for the child processes: "ours moshi", "official mimi", ...
     parser.add_argument("--measure", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-args = arguments()
-if args.device == "cuda":  # there the official package runs as it is meant to: compiled, and with CUDA graphs
-    os.environ.update(NO_TORCH_COMPILE="", NO_CUDA_GRAPH="")
+args = arguments(None if __name__ == "__main__" else [])
+on_gpu = args.device == "cuda"
+if on_gpu:  # the official package runs as it is meant to: compiled, and with CUDA graphs
+    for name in ("NO_TORCH_COMPILE", "NO_CUDA_GRAPH"):
+        os.environ.setdefault(name, "")
 else:
     os.environ.update(NO_TORCH_COMPILE="1", NO_CUDA_GRAPH="1")
 
 import torch  # noqa: E402
+from random_checkpoint import quick_moshi  # noqa: E402
 from recorder import Fused, Recorder  # noqa: E402
 from reference import LMGen, loaders, official_mimi, save  # noqa: E402
 
 import moshi_min  # noqa: E402
-from mimi_min import Mimi, MimiConfig, init_state, load_mimi, official_names  # noqa: E402
+from mimi_min import Mimi, MimiConfig, captured, init_state, load_mimi, official_names  # noqa: E402
 from moshi_min import Moshi, MoshiConfig, MoshiGen  # noqa: E402
 
-ROWS = []
+torch.backends.cudnn.allow_tf32 = False  # as in generate.py
+COPIED = 1 << 30  # bytes, to measure the bandwidth of a GPU
 
 
 def sync():
     """Wait for the device, so that the clock sees all of the work."""
-    if args.device == "cuda":
+    if on_gpu:
         torch.cuda.synchronize()
 
 
@@ -90,12 +97,13 @@ def race(name, ours, official, rounds):
             if i:  # the first round warms up
                 times[who].append(1000 * (time.perf_counter() - start))
     mine, theirs = (statistics.median(times[who]) for who in ("ours", "official"))
-    row(name, f"{mine:.1f} ms", f"{theirs:.1f} ms", mine / theirs)
+    row(name, f"{mine:.1f} ms", f"{theirs:.1f} ms", f"{mine / theirs:.2f}")
+    return mine / 1000
 
 
-def row(name, ours, official, ratio):
+def row(name, ours, official="", ratio=""):
     """A line of the table."""
-    print(f"| {name:<44} | {ours:>10} | {official:>10} | {ratio:>5.2f} |", flush=True)
+    print(f"| {name:<44} | {ours:>10} | {official:>10} | {ratio:>5} |", flush=True)
 
 
 # ---- Mimi --------------------------------------------------------------------------------------------------
@@ -105,32 +113,33 @@ def make_mimi():
     """(ours, official) of the released size on random weights, 8 codebooks."""
     official = official_mimi(loaders._mimi_config, device=args.device, num_codebooks=8)
     with tempfile.TemporaryDirectory() as folder:
-        return load_mimi(
-            save(official, Path(folder) / "mimi.safetensors"), MimiConfig(), 8, args.device
-        ), official
+        path = save(official, Path(folder) / "mimi.safetensors")
+        return load_mimi(path, MimiConfig.from_dict(loaders._mimi_config), 8, args.device), official
 
 
 @torch.no_grad()
 def bench_mimi():
     """Whole recordings of 10 s, then a stream by the frame."""
     ours, official = make_mimi()
-    pcm = torch.randn(1, 1, 240000, device=args.device) * 0.1
+    pcm = torch.randn(1, 1, 125 * ours.frame_size, device=args.device) * 0.1
     codes = official.encode(pcm)
     rounds = args.rounds or 5
     race("Mimi encode, 10 s at once", lambda: ours.encode(pcm), lambda: official.encode(pcm), rounds)
     race("Mimi decode, 10 s at once", lambda: ours.decode(codes), lambda: official.decode(codes), rounds)
     rounds = args.rounds or 60
-    state, frame, code = init_state(ours, 1), pcm[..., :1920], codes[..., :1]
+    state, frame, code = init_state(ours, 1), pcm[..., : ours.frame_size], codes[..., :1]
+    encode = captured(lambda frame: ours.encode(frame, state), pcm.device)
+    decode = captured(lambda code: ours.decode(code, state), pcm.device)
     with official.streaming(1):
         race(
             "Mimi encode, a frame of a stream",
-            lambda: ours.encode(frame, state),
+            lambda: encode(frame),
             lambda: official.encode(frame),
             rounds,
         )
         race(
             "Mimi decode, a frame of a stream",
-            lambda: ours.decode(code, state),
+            lambda: decode(code),
             lambda: official.decode(code),
             rounds,
         )
@@ -145,27 +154,10 @@ def moshi_config():
     return (loaders._lm_kwargs, torch.bfloat16) if args.full else (small, torch.float32)
 
 
-@torch.no_grad()
-def fill(tensor, scale):
-    """Random numbers, quickly: one block of them again and again."""
-    block = (torch.randn(1 << 20) * scale).to(tensor)
-    flat = tensor.view(-1)
-    for start in range(0, len(flat), len(block)):
-        flat[start : start + len(block)] = block[: len(flat) - start]
-
-
 def make_moshi():
     """Ours, with random weights of a sensible size made where they stay."""
     config, dtype = moshi_config()
-    with torch.device("meta"):
-        moshi = Moshi(MoshiConfig.from_dict(config)).to(dtype)
-    moshi = moshi.to_empty(device=args.device).eval().requires_grad_(False)
-    for parameter in moshi.parameters():
-        if parameter.dim() == 3 and parameter.shape[:2] == (1, 1):
-            parameter.fill_(1.0)  # a norm
-        else:
-            fill(parameter, parameter.shape[-1] ** -0.5)
-    return moshi
+    return quick_moshi(MoshiConfig.from_dict(config), dtype, args.device)
 
 
 def share_weights(moshi):
@@ -174,6 +166,8 @@ def share_weights(moshi):
     official = loaders.get_moshi_lm(None, config, device="meta", dtype=dtype)
     names, shared = official_names(moshi, moshi_min.MOSHI_NAMES), {}
     for ours, tensor in moshi.state_dict().items():
+        if "_proj" in names[ours]:  # all codebooks in one, which the package takes apart
+            tensor = tensor.view(-1, tensor.shape[-1])
         pieces = enumerate(tensor) if "{k}" in names[ours] else [(0, tensor)]
         shared.update({names[ours].format(k=k): piece for k, piece in pieces})
     official.load_state_dict(shared, assign=True)
@@ -201,7 +195,7 @@ def bench_moshi():
     config = moshi.config
     shape = "7B bf16" if args.full else "small f32"
     user = torch.randint(config.card, (1, config.n_q - config.dep_q, 1), device=args.device)
-    rounds = args.rounds or (5 if args.full else 30)
+    rounds = args.rounds or (5 if args.full and not on_gpu else 30)
     ours, theirs = MoshiGen(moshi), LMGen(official)
     with theirs.streaming(1):
         for _ in range(2):  # CUDA: eager once, then captured
@@ -214,18 +208,19 @@ def bench_moshi():
         )
         ours.state[moshi.transformer]["position"].fill_(config.context + 7)
         set_position(official.transformer, config.context + 7)
-        race(
+        seconds = race(
             f"Moshi {shape}, a step, window full", lambda: ours.step(user), lambda: theirs.step(user), rounds
         )
-    if args.device == "cuda":
-        floor(moshi)
+    if on_gpu:
+        floor(moshi, ours.state[moshi.transformer]["rings"], seconds)
 
 
-def floor(moshi):
-    """On a GPU a step can't be faster than reading the weights once: their bytes over a copy's bandwidth."""
+def floor(moshi, rings, seconds):
+    """On a GPU a step can't be faster than reading the weights and the rings of keys and values once: their
+    bytes over the bandwidth of a copy."""
     embeddings = sum(p.nbytes for n, p in moshi.named_parameters() if "emb" in n)
-    weights = sum(p.nbytes for p in moshi.parameters()) - embeddings
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=args.device)
+    size = sum(p.nbytes for p in moshi.parameters()) - embeddings + rings.nbytes
+    source = torch.empty(COPIED, dtype=torch.uint8, device=args.device)
     target = torch.empty_like(source)
     times = []
     for _ in range(10):
@@ -235,10 +230,11 @@ def floor(moshi):
         sync()
         times.append(time.perf_counter() - start)
     bandwidth = 2 * source.nbytes / statistics.median(times)  # read and written
-    print(
-        f"memory floor of a step: {weights / 1e9:.2f} GB of weights / {bandwidth / 1e9:.0f} GB/s = "
-        f"{1000 * weights / bandwidth:.1f} ms"
+    least = size / bandwidth
+    row(
+        f"memory floor of a step, {size / 1e9:.2f} GB at {bandwidth / 1e9:.0f} GB/s", f"{1000 * least:.1f} ms"
     )
+    row("that step over its floor", f"{seconds / least:.2f}")
 
 
 # ---- memory ------------------------------------------------------------------------------------------------
@@ -249,13 +245,12 @@ def measure(who, what):
     """In a process of its own: make one model, run 20 steps (5 at the 7B shape), print the peak in bytes."""
     if what == "mimi":
         ours, official = make_mimi()
-        pcm = torch.randn(1, 1, 240000, device=args.device) * 0.1
-        if who == "ours":
-            del official
-            ours.decode(ours.encode(pcm))
-        else:
-            del ours
-            official.decode(official.encode(pcm))
+        pcm = torch.randn(1, 1, 125 * ours.frame_size, device=args.device) * 0.1
+        codec = ours if who == "ours" else official
+        del ours, official
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()  # both were there until now
+        codec.decode(codec.encode(pcm))
     else:
         moshi = make_moshi()
         config = moshi.config
@@ -268,7 +263,7 @@ def measure(who, what):
             with sampler.streaming(1):
                 steps = [sampler.step(user) for _ in range(5 if args.full else 20)]
         assert steps[-1] is not None
-    if args.device == "cuda":
+    if on_gpu:
         print(torch.cuda.max_memory_allocated())
     else:  # of this program alone: ru_maxrss would count the parent's memory at the fork too
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -290,7 +285,7 @@ def bench_memory():
         row(
             f"{'Mimi, 10 s' if what == 'mimi' else 'Moshi'}, peak memory of a process",
             *size,
-            peaks[0] / peaks[1],
+            f"{peaks[0] / peaks[1]:.2f}",
         )
 
 
@@ -345,11 +340,11 @@ def count_launches():
         "launches to decode a frame",
     )
     for name, a, b in zip(names, ours, official):
-        row(name, f"{a.launches:,}", f"{b.launches:,}", a.launches / b.launches)
+        row(name, f"{a.launches:,}", f"{b.launches:,}", f"{a.launches / b.launches:.2f}")
     size = sum(recorder.bytes_read for recorder in ours)
     reading = size / (args.bandwidth * 1e9)
     frames = [reading + LAUNCH * sum(recorder.launches for recorder in who) for who in (ours, official)]
-    row("predicted frame", *(f"{1000 * frame:.1f} ms" for frame in frames), frames[0] / frames[1])
+    row("predicted frame", *(f"{1000 * frame:.1f} ms" for frame in frames), f"{frames[0] / frames[1]:.2f}")
     parts = " + ".join(f"{recorder.bytes_read / 1e9:.2f}" for recorder in ours)
     print(f"\nA frame reads {parts} GB of weights, keys and values (the rings are read whole),")
     print(f"in {1000 * reading:.1f} ms at {args.bandwidth:.0f} GB/s. A launch takes {1e6 * LAUNCH:.0f} us.")
@@ -360,11 +355,8 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.measure:
-        measure(*args.measure.split())
-        return
-    place = (
-        torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    )
+        return measure(*args.measure.split())
+    place = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {place}\n")
     print(f"| {'':<44} | {'ours':>10} | {'official':>10} | {'ratio':>5} |")
     print(f"|{'-' * 46}|{'-' * 12}|{'-' * 12}|{'-' * 7}|")

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mimi_min import Mimi, MimiConfig, official_names, save_mimi  # noqa: E402
+from mimi_min import MIMI_NAMES, Mimi, MimiConfig, official_names  # noqa: E402
 from moshi_min import (  # noqa: E402
+    MIMI_CONFIG_FILE,
     MIMI_FILE,
     MOSHI_FILE,
     MOSHI_NAMES,
@@ -142,13 +144,42 @@ def make_random_checkpoint(
     return Path(folder)
 
 
-def make_full_checkpoint(folder) -> Path:
-    """Writes a folder of the released sizes, 7.69 B parameters in bfloat16, without config.json."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_mimi(random_mimi(MimiConfig()), folder / MIMI_FILE)
+@torch.no_grad()
+def fill(tensor, scale):
+    """Random numbers, quickly: one block of them again and again."""
+    block = (torch.randn(1 << 20) * scale).to(tensor)
+    flat = tensor.view(-1)
+    for start in range(0, len(flat), len(block)):
+        flat[start : start + len(block)] = block[: len(flat) - start]
+
+
+def quick_moshi(config: MoshiConfig, dtype=torch.bfloat16, device="cpu") -> Moshi:
+    """A Moshi with random weights of a sensible size, made where they stay: the 7B in seconds on a GPU."""
     with torch.device("meta"):
-        moshi = Moshi(MoshiConfig())
+        moshi = Moshi(config).to(dtype)
+    moshi = moshi.to_empty(device=device).eval().requires_grad_(False)
+    for name, parameter in moshi.named_parameters():
+        if name.endswith("alpha"):
+            parameter.fill_(1.0)
+        else:
+            fill(parameter, parameter.shape[-1] ** -0.5)
+    return moshi
+
+
+def make_full_checkpoint(folder, config=None, mimi_config=None, holes=False) -> Path:
+    """Writes a folder with the released names and layout: by default all 7.69 B parameters in bfloat16, and
+    no config.json. With `holes` Moshi's weights are holes in the file: zeros that take no room on a disk."""
+    folder, config, mimi_config = Path(folder), config or MoshiConfig(), mimi_config or MimiConfig()
+    folder.mkdir(parents=True, exist_ok=True)
+    mimi = random_mimi(mimi_config)
+    names, weights = official_names(mimi, MIMI_NAMES), mimi.state_dict()
+    save_file({names[ours]: weights[ours] for ours in names}, folder / MIMI_FILE)
+    if (config, mimi_config) != (MoshiConfig(), MimiConfig()):
+        settings = {**config.to_dict(), "mimi_config_name": MIMI_CONFIG_FILE}
+        (folder / "config.json").write_text(json.dumps(settings))
+        (folder / MIMI_CONFIG_FILE).write_text(json.dumps(mimi_config.to_dict()))
+    with torch.device("meta"):
+        moshi = Moshi(config)
     shapes = {}  # of every tensor in the file: names and layout of the released one
     for ours, name in official_names(moshi, MOSHI_NAMES).items():
         shape = list(moshi.state_dict()[ours].shape)
@@ -166,8 +197,11 @@ def make_full_checkpoint(folder) -> Path:
     block = torch.randn(1 << 20)  # the same numbers again and again: making new ones would take minutes
     with open(folder / MOSHI_FILE, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        if holes:
+            file.truncate(file.tell() + end)
+            return folder
         for name, shape in shapes.items():
-            values = torch.ones(shape[-1]) if name.endswith("alpha") else block * shape[-1] ** -0.5
+            values = torch.ones(1 << 20) if name.endswith("alpha") else block * shape[-1] ** -0.5
             data = values.bfloat16().view(torch.uint8).numpy()
             size = 2 * math.prod(shape)
             for start in range(0, size, len(data)):
@@ -180,10 +214,13 @@ if __name__ == "__main__":
     parser.add_argument("folder")
     parser.add_argument("--released-mimi", action="store_true", help="Mimi in its released size (320 MB)")
     parser.add_argument("--full", action="store_true", help="everything in its released size (15.7 GB)")
+    parser.add_argument(
+        "--holes", action="store_true", help="the same with zeros for Moshi's weights (0.3 GB on the disk)"
+    )
     args = parser.parse_args()
     print(
         "wrote",
-        make_full_checkpoint(args.folder)
-        if args.full
+        make_full_checkpoint(args.folder, holes=args.holes)
+        if args.full or args.holes
         else make_random_checkpoint(args.folder, args.released_mimi),
     )

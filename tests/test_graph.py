@@ -242,6 +242,40 @@ def test_replayed_frames_are_eager_ones(graphs, tmp_path, name):
     assert len(graphs) == 2 and all(len(graph.calls) > 50 for graph in graphs)
 
 
+def test_graphs_where_there_is_a_gpu(device, tmp_path):
+    """What `pytest -m cuda` adds to the paper: captured is eager, bit for bit, for the codec at its released
+    size and for a sampler with the released vocabularies. (On the CPU both are the same function.)"""
+    path = save(official_mimi(MIMI["released"], seed=6, num_codebooks=8), tmp_path / "mimi.safetensors")
+    mimi = load_mimi(path, device=device)
+    frames = (torch.randn(2, 1, 12 * mimi.frame_size, device=device) * 0.3).split(mimi.frame_size, dim=-1)
+    said = []
+    for graph in (True, False):
+        state = init_state(mimi, 2)
+        encode = captured(lambda frame, state=state: mimi.encode(frame, state), frames[0].device, graph)
+        decode = captured(lambda codes, state=state: mimi.decode(codes, state), frames[0].device, graph)
+        said.append([])
+        for _ in range(2):
+            codes = [encode(frame) for frame in frames]
+            said[-1] += codes + [decode(code) for code in codes]
+            reset_state(state)
+    assert all(torch.equal(a, b) for a, b in zip(*said))
+
+    sizes = {
+        "text_card": 32000,
+        "card": 2048,
+        "dim": 64,
+        "depformer_dim": 64,
+        "depformer_dim_feedforward": 264,
+    }
+    moshi = Moshi(MoshiConfig.from_dict(lm_config(**sizes))).eval().to(device)
+    user = torch.randint(2048, (1, 3, 30), device=device)
+    said = []
+    for graph in (True, False):
+        torch.manual_seed(8)
+        said.append(talk(MoshiGen(moshi, cuda_graph=graph), user))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*said))
+
+
 def test_what_captured_refuses(graphs, monkeypatch):
     """Another shape is an error that names both; a capture that fails says how to do without; off, it is the
     function itself."""
