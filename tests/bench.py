@@ -71,8 +71,8 @@ from recorder import Fused, Recorder  # noqa: E402
 from reference import LMGen, loaders, official_mimi, save  # noqa: E402
 
 import moshi_min  # noqa: E402
-from mimi_min import Mimi, MimiConfig, captured, init_state, load_mimi, official_names  # noqa: E402
-from moshi_min import Moshi, MoshiConfig, MoshiGen  # noqa: E402
+from mimi_min import Mimi, MimiConfig, init_state, load_mimi, official_names  # noqa: E402
+from moshi_min import Moshi, MoshiConfig, MoshiGen, captured  # noqa: E402
 
 torch.backends.cudnn.allow_tf32 = False  # as in generate.py
 COPIED = 1 << 30  # bytes, to measure the bandwidth of a GPU
@@ -355,7 +355,8 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.measure:
-        return measure(*args.measure.split())
+        measure(*args.measure.split())
+        return
     place = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {place}\n")
     print(f"| {'':<44} | {'ours':>10} | {'official':>10} | {'ratio':>5} |")
