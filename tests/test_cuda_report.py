@@ -19,7 +19,6 @@ from reference import mimi_config
 from test_graph import GPU, whole_rings
 
 import generate
-import mimi_min
 import moshi_min
 
 
@@ -47,7 +46,7 @@ def gpu(monkeypatch):
 @pytest.fixture
 def graphs(monkeypatch):
     """Whatever the program captures becomes a graph on paper. A list of them."""
-    made, models = [], report.models
+    made, models, captured = [], report.models, moshi_min.captured
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(PaperGraph()) or made[-1])
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
@@ -55,7 +54,7 @@ def graphs(monkeypatch):
         monkeypatch.setattr(
             module,
             "captured",
-            lambda function, device, on=True: mimi_min.captured(function, GPU, on),
+            lambda function, device, on=True: captured(function, GPU, on),
         )
     monkeypatch.setattr(report, "models", lambda: [whole_rings(model) for model in models()])
     return made
