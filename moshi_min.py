@@ -269,8 +269,9 @@ def captured(function, device: torch.device, cuda_graph: bool = True):
     graph, inputs, results = torch.cuda.CUDAGraph(), [], []
     def replay(*given: Tensor) -> Tensor:
         if not inputs:
+            result = function(*given)
             inputs.extend(tensor.clone() for tensor in given)
-            return function(*inputs)
+            return result
         for mine, new in zip(inputs, given):
             if mine.shape != new.shape:
                 raise ValueError(f"captured for the shape {list(mine.shape)}, called with {list(new.shape)}")
@@ -280,7 +281,8 @@ def captured(function, device: torch.device, cuda_graph: bool = True):
                 with torch.cuda.device(device), torch.cuda.graph(graph):
                     results.append(function(*inputs))
             except RuntimeError as error:
-                raise RuntimeError(f"no CUDA graph was captured ({error}); try cuda_graph=False") from error
+                cause = error.__context__ or error
+                raise RuntimeError(f"no CUDA graph captured ({cause}); start anew with cuda_graph=False") from error
         graph.replay()
         return results[0].clone()
     return replay
@@ -345,7 +347,6 @@ class MoshiGen:
         # Before its delay is over a stream has only its initial token.
         tokens = torch.where(self.offset <= self.delays, self.initial, strip[:, :, now, None])
         hidden, text_logits = self.moshi.temporal(tokens, self.state)
-
         # A token is forced by the caller, or by a prefill that reaches beyond this step.
         forced = torch.where(forced == UNGENERATED, strip[:, :own, now + 1], forced)
         made: list[Tensor] = []
@@ -503,9 +504,8 @@ def write_moshi(config: MoshiConfig) -> dict:
 
 def check_moshi_fits(config: MoshiConfig) -> None:
     """ValueError where sizes of a Moshi contradict each other."""
-    n_q, dep_q, delays = config.n_q, config.dep_q, config.delays
-    if len(delays) != n_q + 1 or dep_q > n_q:
-        raise ValueError(f"config: n_q {n_q}, dep_q {dep_q}, delays {delays} do not fit each other")
+    if len(config.delays) != config.n_q + 1 or config.dep_q > config.n_q:
+        raise ValueError(f"config: n_q {config.n_q}, dep_q {config.dep_q}, delays {config.delays} do not fit")
     for part, pair in (("", 2), ("depformer_", 1)):  # rotary embedding turns pairs
         dim, heads, repeat = (getattr(config, part + name) for name in ("dim", "num_heads", "kv_repeat"))
         if dim % (pair * heads) or heads % repeat:
