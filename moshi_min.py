@@ -282,7 +282,7 @@ def captured(function, device: torch.device, cuda_graph: bool = True):
                     results.append(function(*inputs))
             except RuntimeError as error:
                 cause = error.__context__ or error
-                raise RuntimeError(f"no CUDA graph captured ({cause}); start with cuda_graph=False") from error
+                raise RuntimeError(f"no CUDA graph captured ({cause}); try cuda_graph=False") from error
         graph.replay()
         return results[0].clone()
     return replay
