@@ -539,9 +539,9 @@ def load_weights(model: nn.Module, path: str | Path, rules: list, device, dtype:
         if name not in stored:
             raise ValueError(f"{path}: the tensor {name} is missing")
         tensor = stored.pop(name)
-        if tensor.shape != shape or not tensor.is_floating_point():
-            raise ValueError(f"{path}: {name} is {tensor.dtype} of the shape {list(tensor.shape)}, expected "
-                             f"floats of {list(shape)}")
+        if tensor.shape != shape or not tensor.is_floating_point() or tensor.itemsize < 2:
+            raise ValueError(f"{path}: {name} has the dtype {tensor.dtype} and the shape {list(tensor.shape)}, "
+                             f"expected floats (16 bits or more) of the shape {list(shape)}")
         return tensor.to(dtype)
 
     weights, empty = {}, model.state_dict()

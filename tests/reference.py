@@ -39,6 +39,9 @@ sampling = require("moshi.utils.sampling")
 LMGen = require("moshi.models.lm").LMGen
 
 # ---- configurations ----------------------------------------------------------------------------------------
+# The official JSON is written by hand here, not by our configs' to_dict(). Both packages are given the same
+# objects: if they came from the code that is tested, a size that to_dict() drops or swaps would be wrong in
+# both models alike, and they would agree. What to_dict() writes has tests of its own, against this.
 
 
 def mimi_config(
@@ -188,8 +191,6 @@ LM = {
     ),
     # dep_q is not half of n_q.
     "more_own": lm_config(n_q=7, dep_q=5, delays=[2, 0, 1, 1, 1, 1, 0, 1], depformer_context=5, context=9),
-    # No delays at all: a step's frame is whole at once.
-    "together": lm_config(delays=[0] * 7),
     "two_own": lm_config(n_q=3, dep_q=2, delays=[0, 1, 0, 2], depformer_context=2),
 }
 
@@ -457,23 +458,28 @@ def is_tie(draw, row, token, epsilon):
 # ---- the training loss -------------------------------------------------------------------------------------
 
 
+def masked_mean(logits, target, mask, weights):
+    """The mean of the cross-entropies of all logits [B, K, F, C], those of masked targets times 0."""
+    weights = torch.where(mask, weights, 0.0).flatten()
+    target = torch.where(mask, target, 0).flatten()
+    losses = F.cross_entropy(logits.float().flatten(0, -2), target, reduction="none")
+    losses = torch.where(weights > 0, losses, 0.0)  # NaN where a stream has run out
+    return (losses * weights).sum() / weights.sum()
+
+
 def finetune_loss(output, codes, lm, text_padding_weight=0.5, first_codebook_weight=100.0):
     """The loss of moshi-finetune on an official LMOutput: returns (text, audio), to be added.
 
-    Each is a weighted mean of cross-entropies over the valid targets: a text token that is padding (PAD or
-    EPAD) counts `text_padding_weight`, one of the first codebook `first_codebook_weight`, any other 1.
+    Written after its `compute_loss_with_mask`, not after `Moshi.loss`: nothing is picked out. Every logit has
+    a loss, every target a weight, which begins as its mask and is then multiplied.
     """
-
-    def mean(logits, mask, target, weight):
-        entropy = F.cross_entropy(logits[mask].float(), target[mask], reduction="none")
-        return (entropy * weight[mask]).sum() / weight[mask].sum()
-
     text, audio = codes[:, :1], codes[:, 1 : 1 + lm.dep_q]
-    padding = (text == lm.text_padding_token_id) | (text == lm.end_of_text_padding_id)
-    text_weight = torch.where(padding, text_padding_weight, 1.0)
-    audio_weight = torch.ones_like(audio, dtype=torch.float32)
-    audio_weight[:, 0] = first_codebook_weight
+    text_weights = output.text_mask.float()
+    for padding in {lm.text_padding_token_id, lm.end_of_text_padding_id}:
+        text_weights[text == padding] *= text_padding_weight
+    audio_weights = output.mask.float()
+    audio_weights[:, 0] *= first_codebook_weight
     return (
-        mean(output.text_logits, output.text_mask, text, text_weight),
-        mean(output.logits, output.mask, audio, audio_weight),
+        masked_mean(output.text_logits, text, output.text_mask, text_weights),
+        masked_mean(output.logits, audio, output.mask, audio_weights),
     )

@@ -1,5 +1,6 @@
 """The program: what it reads and writes, its answers beside the official package's, all that can go wrong."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -13,17 +14,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from random_checkpoint import make_random_checkpoint
+from random_checkpoint import MIMI, MOSHI, make_random_checkpoint, random_mimi, random_moshi
 from safetensors.torch import load_file, save_file
 
 import generate
 import moshi_min
-from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, load_checkpoint
+from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, MoshiGen, load_checkpoint
 
 RATE, FRAME = 24000, 1920
 
@@ -190,6 +192,21 @@ def test_resample_of_a_click_is_in_time_and_short_inputs_work():
     assert torch.equal(generate.resample(x, 24000, 24000), x)
 
 
+@pytest.mark.parametrize("rate_in, rate_out", [(44100, 24000), (8000, 24000), (24000, 44100)])
+def test_resample_of_a_click_rings_little_and_not_at_the_other_end(rate_in, rate_out):
+    """40 samples of the lower rate away from a click it is silent (sharp filters ring on for hundreds), and a
+    click at the end is not heard at the start: what is a spectrum to us repeats itself."""
+    click = torch.zeros(4000)
+    click[2000] = 1
+    y = generate.resample(click, rate_in, rate_out)
+    place, far = round(2000 * rate_out / rate_in), 40 * rate_out // min(rate_in, rate_out)
+    assert torch.cat([y[: place - far], y[place + far :]]).abs().max() < 1e-3 * y.max()
+    click = torch.zeros(4000)
+    click[-1] = 1
+    y = generate.resample(click, rate_in, rate_out)
+    assert y[: len(y) // 2].abs().max() < 1e-3 * y.max()
+
+
 # ---- WAV files ---------------------------------------------------------------------------------------------
 
 STRAY = chunk(b"LIST", b"INFOISFT\x05\0\0\0abcde") + chunk(b"odd ", b"xyz")
@@ -236,6 +253,30 @@ def test_wav_may_lose_part_of_its_last_sample_and_shout(tmp_path):
     assert len(generate.read_wav(path)[0]) == 9
     path.write_bytes(wav([3.0, -4.0, 0.25], form=3, width=4))
     assert generate.read_wav(path)[0].tolist() == [1, -1, 0.25]
+
+
+def test_sound_writer():
+    """Samples are rounded and stay in 16 bits; the header says how many there are; raw sound has none."""
+    quiet = torch.tensor([0.6, -0.6, 0.4, 1.0, -7.0]) / 32768
+    loud = torch.tensor([1.0, -1.0, 2.0, -2.0, 0.5])
+    expected = [1, -1, 0, 1, -7, 32767, -32768, 32767, -32768, 16384]
+    for raw in (False, True):
+        file = io.BytesIO()
+        writer = generate.SoundWriter(file, False, RATE, raw)
+        for frame in (quiet, loud):
+            writer.add(torch.zeros(5), frame)
+        writer.add(torch.zeros(5), None)
+        writer.finish()
+        data = file.getvalue()
+        found = np.frombuffer(data, "<i2") if raw else parse(data)[:, 0]
+        assert found.tolist() == expected
+    file = io.BytesIO()
+    writer = generate.SoundWriter(file, True, RATE, False)
+    for moshi in (None, quiet, loud):
+        writer.add(torch.full((5,), 0.25), moshi)
+    writer.finish()
+    user, moshi = parse(file.getvalue()).T
+    assert user.tolist() == 15 * [8192] + 5 * [0] and moshi.tolist() == 10 * [0] + expected
 
 
 BAD_WAVS = {
@@ -286,6 +327,96 @@ def test_bad_wavs(name, call, tmp_path):
         and answer.read_bytes() == b"precious"
         and sorted(os.listdir(tmp_path)) == ["answer.wav", "bad.wav"]
     )
+
+
+# ---- the loop ----------------------------------------------------------------------------------------------
+
+# The streams of Moshi and of the user differ in number; the text is delayed, too.
+DELAYS = {"uneven": (1, 0, 2, 3, 1, 4), "one": (0, 0, 1, 1, 0, 1), "none": (0, 0, 0, 0, 0, 0)}
+
+
+@pytest.fixture(scope="module", params=[(3, 2), (2, 3)], ids=["3 own 2 heard", "2 own 3 heard"])
+def two(request):
+    """two(delays) -> a codec with as many codebooks as are needed, and a model."""
+    own, heard = request.param
+    mimi = random_mimi(MIMI)
+    mimi.num_codebooks = 3
+
+    def make(delays):
+        sizes = {"n_q": own + heard, "dep_q": own, "delays": DELAYS[delays]}
+        return mimi, random_moshi(dataclasses.replace(MOSHI, card=mimi.config.bins, **sizes))
+
+    return make
+
+
+def by_hand(mimi, gen, heard, texts=()):
+    """What `converse` is to say to user codes [B, n_user, F]: the first twice, then each once."""
+    texts = [None, *texts]
+    steps = torch.cat([heard[..., :1], heard], -1).split(1, -1)
+    said = [gen.step(codes, texts[s] if s < len(texts) else None) for s, codes in enumerate(steps)]
+    tokens = torch.cat([step for step in said if step is not None], -1)
+    return tokens, mimi.decode(tokens[:, 1:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("delays", DELAYS)
+@pytest.mark.parametrize("how", ["plain", "changed", "forced"])
+def test_converse(two, delays, how):
+    """A batch of two, whole and then by the frame: what is heard, what is said and how it sounds. With other
+    codes in the user's place; with words that are to be said, fewer than there are frames."""
+    mimi, moshi = two(delays)
+    config, batch, frames = moshi.config, 2, 12
+    pcm = torch.stack([torch.from_numpy(voice(frames * FRAME / RATE, seed=n)).float() for n in range(batch)])
+    pcm = pcm[:, None, : frames * FRAME] * torch.tensor([1.0, 0.3])[:, None, None]
+    users = config.n_q - config.dep_q
+    heard, texts, change = mimi.encode(pcm)[:, :users], [], {}
+    if how == "changed":
+        other = torch.randint(config.card, heard.shape)
+        asked, given = [], iter(other.split(1, -1))
+        change["change"] = lambda codes: asked.append(codes) or next(given)
+    elif how == "forced":
+        texts = list(torch.randint(4, config.text_card, (frames - 4, batch)))
+        texts[3][0] = texts[5][1] = -2
+        change["texts"] = texts
+    torch.manual_seed(3)
+    gen = MoshiGen(moshi, batch)
+    found = list(generate.converse(mimi, gen, pcm.split(FRAME, -1), **change))
+
+    early, late = int(max(DELAYS[delays]) == 0), max(0, max(DELAYS[delays]) - 1)
+    assert [h is None for h, _, _ in found] == early * [True] + frames * [False]
+    silent = late * [True] + (early + frames - late) * [False]
+    assert [said is None for _, said, _ in found] == [sound is None for _, _, sound in found] == silent
+    listened = torch.cat([h for h, _, _ in found[early:]], -1)
+    if how == "changed":
+        assert torch.equal(listened, other)
+        listened = torch.cat(asked, -1)
+    assert listened.shape == heard.shape and (listened == heard).float().mean() > 0.98  # but for ties
+    torch.manual_seed(3)
+    used = other if how == "changed" else listened
+    tokens, sound = by_hand(mimi, MoshiGen(moshi, batch), used, texts)
+    assert torch.equal(torch.cat([said for _, said, _ in found[late:]], -1), tokens)
+    assert (torch.cat([s for _, _, s in found[late:]], -1) - sound).abs().max() < 1e-5 * sound.abs().max()
+    if how == "forced":  # the text of step s belongs to frame s - delay, and texts begin with step 1
+        wanted = torch.stack(texts, 1)[:, max(0, DELAYS[delays][0] - 1) :]
+        first = 1 - min(1, DELAYS[delays][0])
+        words = tokens[:, 0, first : first + wanted.shape[1]]
+        wanted = wanted[:, : words.shape[1]]
+        assert torch.equal(words[wanted != -2], wanted[wanted != -2])
+
+
+@torch.no_grad()
+def test_converse_in_rows(two):
+    """Greedy rows of a batch say what each says alone."""
+    mimi, moshi = two("uneven")
+    pcm = torch.stack([torch.from_numpy(voice(1.2, seed=n)).float()[None] * (0.3 + n) for n in range(3)])
+
+    def said(pcm):
+        gen = MoshiGen(moshi, len(pcm), greedy=True)
+        return [said for _, said, _ in generate.converse(mimi, gen, pcm.split(FRAME, -1)) if said is not None]
+
+    together = torch.cat(said(pcm), -1)
+    for row in range(3):
+        assert (together[row : row + 1] == torch.cat(said(pcm[row : row + 1]), -1)).float().mean() > 0.9
 
 
 # ---- the conversation --------------------------------------------------------------------------------------
@@ -475,6 +606,67 @@ def test_without_a_tokenizer_numbers_are_printed(call, checkpoint, tmp_path, que
     assert code == 0, err
     text = np.load("run.npz")["codes"][0]
     assert [int(word) for word in out.split()] == [t for t in text if t not in (0, 3)]
+
+
+@pytest.fixture
+def live(call, monkeypatch):
+    """Runs it as `call` does, on raw sound in a pipe."""
+
+    def run(samples, *argv, folder):
+        raw = (np.asarray(samples) * 32767).astype("<i2").tobytes()
+        pipe = SimpleNamespace(buffer=io.BytesIO(raw), isatty=lambda: False)
+        monkeypatch.setattr(sys, "stdin", pipe)
+        return call("-", *argv, folder=folder)
+
+    return run
+
+
+def test_live_there_is_no_silence_first(live, call, checkpoint, tmp_path, question):
+    """It would stay as lag. A checkpoint that asks for it gets it in front of a recording; or who says so."""
+    folder = tmp_path / "ck"
+    shutil.copytree(checkpoint, folder)
+    change(stt_config={"audio_silence_prefix_seconds": 0.16, "audio_delay_seconds": 0.24})(folder)
+
+    def seconds():
+        return len(parse((tmp_path / "a.wav").read_bytes())) / FRAME
+
+    for options, frames in (((), 13), (("--lead-seconds", 0.4), 18)):
+        assert live(voice(1.0), "-o", "a.wav", "--extra-seconds", 0, *options, folder=folder)[0] == 0
+        assert seconds() == frames
+    assert live(voice(1.0), "-o", "a.wav", folder=folder)[0] == 0 and seconds() == 13 + 3
+    assert call(question, "-o", "a.wav", folder=folder)[0] == 0 and seconds() == 2 + 13 + 3
+
+
+def test_the_command_line_goes_first(checkpoint):
+    """A setting is what the command line says, else what the checkpoint says, else the default."""
+
+    def settled(*argv, config):
+        args = generate.read_arguments([str(generate.TINY / "question.wav"), "-o", "a.wav", *argv])
+        generate.settle(args, config)
+        return args.temp, args.temp_text, args.top_k, args.top_k_text, args.lead_seconds, args.extra_seconds
+
+    said = ["--temp", "0", "--top-k", "3", "--extra-seconds", "0"]
+    sampling = {"temp": 0.5, "temp_text": 0.6, "top_k": 7, "top_k_text": 8}
+    config = {
+        "lm_gen_config": sampling,
+        "stt_config": {"audio_silence_prefix_seconds": 1.5, "audio_delay_seconds": 2},
+    }
+    assert settled(config={}) == (0.8, 0.7, 250, 25, 0, 5)
+    assert settled(config=config) == (0.5, 0.6, 7, 8, 1.5, 2)
+    assert settled(*said, config=config) == (0, 0.6, 3, 8, 1.5, 0)
+    assert settled(*said, config={}) == (0, 0.7, 3, 25, 0, 0)
+
+
+def test_progress_in_a_file(call, tmp_path, question, monkeypatch):
+    """Not on a terminal: a line every five seconds, here after each frame that has taken three."""
+    clock = itertools.count(0, 3)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    code, _, err = call(question, *QUICK)
+    assert code == 0
+    lines = [line for line in err.splitlines() if "of 1.4 s" in line and "frames" not in line]
+    assert len(lines) == 17 and lines[0].startswith("0.1 of 1.4 s") and lines[-1].startswith("1.4 of 1.4 s")
+    clock = itertools.count(0, 2)  # four seconds a frame: every other one
+    assert call(question, *QUICK)[2].count("of 1.4 s") == 8 + 1
 
 
 # ---- as a command ------------------------------------------------------------------------------------------
@@ -707,7 +899,7 @@ def test_missing_question_and_device(call, tmp_path, question):
     one_line(*call("absent.wav", "-o", "loop.wav")[::2], "absent.wav")
     for device, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
         if not there:
-            with pytest.raises(generate.Problem):
+            with pytest.raises(generate.Problem, match=f"--device {device}: there is no such device"):
                 generate.read_arguments([str(question), "--device", device])
 
 
@@ -844,9 +1036,14 @@ def test_failures_on_the_way_leave_nothing_behind(call, tmp_path, question, monk
         code, _, err = call(question, *QUICK)
         one_line(code, err, said)
         assert (tmp_path / "answer.wav").read_bytes() == b"precious" and not list(tmp_path.glob("*.part"))
-    monkeypatch.setattr(generate.SoundWriter, "finish", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        call(question, *QUICK)
+    for error in (ZeroDivisionError, RuntimeError):
+
+        def fail(*_, error=error):
+            raise error("a bug")
+
+        monkeypatch.setattr(generate.SoundWriter, "finish", fail)
+        with pytest.raises(error, match="a bug"):
+            call(question, *QUICK)
     assert (tmp_path / "answer.wav").read_bytes() == b"precious" and not list(tmp_path.glob("*.part"))
 
 

@@ -31,6 +31,7 @@ import mimi_min
 from mimi_min import Mimi, MimiConfig, init_state, load_mimi, save_mimi
 
 apply_rope = require("moshi.modules.rope").apply_rope
+FLOAT8 = torch.float8_e4m3fn
 CHUNKS = (1, 3, 1, 2, 7, 1, 4, 2)  # uneven, repeated as often as needed
 
 
@@ -396,15 +397,19 @@ def test_default_config_is_the_released_one():
 def test_wrong_inputs(pair):
     """Shapes that cannot be meant are refused in one sentence."""
     ours, _ = pair("small")
-    for call in (
-        lambda: ours.encode(torch.zeros(2, 480)),
-        lambda: ours.encode(torch.zeros(1, 2, 480)),
-        lambda: ours.encode(torch.zeros(1, 1, 0)),
-        lambda: ours.decode(torch.zeros(6, 5, dtype=torch.long)),
-        lambda: ours.decode(torch.zeros(1, 7, 5, dtype=torch.long)),
-        lambda: ours.encode(torch.zeros(1, 1, ours.frame_size + 1), init_state(ours, 1)),
+    frame = ours.frame_size
+    for call, said in (
+        (lambda: ours.encode(torch.zeros(2, 480)), r"sound as .*not \[2, 480\]"),
+        (lambda: ours.encode(torch.zeros(1, 2, 480)), r"sound as .*not \[1, 2, 480\]"),
+        (lambda: ours.encode(torch.zeros(1, 1, 0)), r"sound as .*not \[1, 1, 0\]"),
+        (lambda: ours.decode(torch.zeros(6, 5, dtype=torch.long)), r"codes as .*not \[6, 5\]"),
+        (lambda: ours.decode(torch.zeros(1, 7, 5, dtype=torch.long)), r"codes as .*not \[1, 7, 5\]"),
+        (
+            lambda: ours.encode(torch.zeros(1, 1, frame + 1), init_state(ours, 1)),
+            f"frames of {frame} samples, not {frame + 1}",
+        ),
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=said):
             call()
 
 
@@ -433,6 +438,7 @@ def test_round_trip_through_the_official_package(pair, tmp_path, name):
     """What save_mimi writes the official package loads, key for key, and gives the same sound and codes."""
     ours, official = pair(name)
     save_mimi(ours, tmp_path / "ours.safetensors")
+    assert load_file(tmp_path / "ours.safetensors").keys() == official.state_dict().keys(), "the newer names"
     again = loaders.get_mimi(
         tmp_path / "ours.safetensors", MIMI[name], num_codebooks=official.total_codebooks
     )
@@ -459,6 +465,15 @@ def test_new_mimi_is_saved_whole(tmp_path):
         close(ours.to_latent(pcm), z)
         same_codes(ours.encode(pcm), official.encode(pcm), official, z)
         close(ours.decode(official.encode(pcm)), official.decode(official.encode(pcm)))
+
+
+def test_new_updates_are_small():
+    """LayerScale starts where the official one does."""
+    official = dict(loaders.get_mimi(None, MIMI["odd"], num_codebooks=3).named_parameters())
+    ours = Mimi(MimiConfig.from_dict(MIMI["odd"])).decoder_transformer.layers[1]
+    for number, scale in enumerate((ours.scale1, ours.scale2), 1):
+        name = f"decoder_transformer.transformer.layers.1.layer_scale_{number}.scale"
+        assert torch.equal(scale, official[name])
 
 
 def test_broken_files(tmp_path):
@@ -488,15 +503,16 @@ def test_broken_files(tmp_path):
                 name.split(".in_proj")[0].split(".out_proj")[0],
             )
             refused({**source, name: source[name][:-1].clone()}, name)
-            refused({**source, name: source[name].to(torch.int8)}, name, "int8")
+            for dtype in (torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64, FLOAT8):
+                refused({**source, name: source[name].to(dtype)}, name, "dtype")
         refused({**source, "encoder.model.99.weight": torch.zeros(3)}, "encoder.model.99.weight")
     path.write_bytes(pickle.dumps({"model": [1.0]}))
-    refused(None)
+    refused(None, "broken.safetensors", "SafeTensors")
     torch.save({"model": state}, path)
-    refused(None)
+    refused(None, "broken.safetensors", "SafeTensors")
     save_file(state, path)
     path.write_bytes(path.read_bytes()[:-1000])
-    refused(None)
+    refused(None, "broken.safetensors", "SafeTensors")
     path.unlink()
     refused(None, "broken.safetensors", error=FileNotFoundError)
     path.mkdir()
@@ -591,8 +607,37 @@ def test_wrong_configs(section, key, value):
     assert key in message or ours.get(key, key) in message, message
 
 
-@pytest.mark.parametrize("config", [{"seanet": 3}, {"transformer": None}, {}])
-def test_configs_that_are_none(config):
+@pytest.mark.parametrize(
+    "config, said",
+    [({"seanet": 3}, "JSON objects"), ({"transformer": None}, "JSON objects"), ({}, "sample_rate")],
+)
+def test_configs_that_are_none(config, said):
     """What is not a config at all."""
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=said):
         MimiConfig.from_dict(config)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["small", "odd", "released"])
+def test_json_of_a_config(pair, tmp_path, name):
+    """to_dict() is read by from_dict, and the official package opens a file with it: codes and sound are as
+    with the JSON that was written by hand."""
+    config = MimiConfig.from_dict(MIMI[name])
+    written = json.loads(json.dumps(config.to_dict()))
+    assert MimiConfig.from_dict(written) == config
+    ours, official = pair(name)
+    path = save(official, tmp_path / "mimi.safetensors")
+    again = loaders.get_mimi(path, written, num_codebooks=official.total_codebooks)
+    assert again.frame_size == official.frame_size and again.sample_rate == official.sample_rate
+    pcm = sound(1, min(30, 3 * config.context // config.stride), ours)
+    codes = official.encode(pcm)
+    assert torch.equal(again.encode(pcm), codes)
+    assert torch.equal(again.decode(codes), official.decode(codes))
+
+
+def test_keys_that_may_be_said():
+    """Other JSON of the official package has two keys more, which can have only one value here."""
+    config = copy.deepcopy(MIMI["odd"])
+    config["seanet"]["activation_params"] = {"alpha": 1.0}
+    config["quantizer"]["n_q_semantic"] = 1
+    assert MimiConfig.from_dict(config) == MimiConfig.from_dict(MIMI["odd"])

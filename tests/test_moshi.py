@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from random_checkpoint import make_tokenizer
 from reference import (
     LM,
     ForcedLMGen,
@@ -26,7 +27,9 @@ from reference import (
     lm_config,
     loaders,
     measured,
+    mimi_config,
     official_lm,
+    official_mimi,
     official_tensors,
     old_names,
     save,
@@ -34,8 +37,22 @@ from reference import (
 )
 from safetensors.torch import load_file, save_file
 
-from mimi_min import init_state
-from moshi_min import Moshi, MoshiConfig, MoshiGen, load_checkpoint, load_moshi, sample, save_moshi
+import moshi_min
+from mimi_min import MimiConfig, init_state, load_mimi
+from moshi_min import (
+    MIMI_FILE,
+    MOSHI_FILE,
+    TOKENIZER_FILE,
+    Checkpoint,
+    Moshi,
+    MoshiConfig,
+    MoshiGen,
+    load_checkpoint,
+    load_moshi,
+    sample,
+    save_checkpoint,
+    save_moshi,
+)
 
 # Of the logits' peak. Rounding to bfloat16 (8 bits) in every layer takes the official model itself up to
 # 2.2 % of the peak away from its float32 self, with the models of this file. Two correct models may round in
@@ -286,6 +303,19 @@ def test_loss_weights(pair):
         assert parts["text"].item() == pytest.approx(text.item(), rel=1e-5)
         assert parts["audio"].item() == pytest.approx(audio.item(), rel=1e-5)
         assert total.item() == pytest.approx((text + audio).item(), rel=1e-5)
+
+
+def test_new_weights_are_as_large_as_the_official_ones(tmp_path):
+    """Each tensor of a new model has the spread that it has in a new official one."""
+    config = lm_config(dim=64, kv_repeat=2, depformer_dim=48, card=60)
+    official = loaders.get_moshi_lm(None, config, device="cpu", dtype=torch.float32).state_dict()
+    save_moshi(Moshi(MoshiConfig.from_dict(config)), tmp_path / "new.safetensors")
+    for name, ours in load_file(tmp_path / "new.safetensors").items():
+        if name.endswith("alpha"):
+            assert torch.equal(ours, official[name]), name
+        else:
+            assert 0.8 < ours.std() / official[name].std() < 1.25, name
+            assert ours.mean().abs() < 0.2 * ours.std(), name
 
 
 def test_training_learns(device):
@@ -565,18 +595,18 @@ def test_prefill(pair, device, name, frames):
         with sampler.streaming(2):
             before = speak(sampler, heard[..., :frames], forced[:, 0], forced[:, 1:])
             torch.manual_seed(3)
-            theirs = speak(sampler, heard[..., frames:], forced[:, 0, frames:], forced[:, 1:, frames:])[1:]
+            theirs = speak(sampler, heard[..., frames:], forced[:, 0, frames:], forced[:, 1:, frames:])
         torch.manual_seed(3)
         sampler = MoshiGen(ours, 2, greedy=greedy)
-        first = sampler.prefill(history)
-        mine = speak(sampler, user)
-        silent = max(0, max(delays) - frames - 1)
+        mine = [sampler.prefill(history), *speak(sampler, user)]
+        silent = max(0, max(delays) - frames)
         tokens = same_tokens(mine, theirs, delays, silent)
         if greedy:  # and `forward` on the same history agrees with what was said next
-            start = frames + 1 + silent - max(delays)  # the frame that came out first
-            made = [first] if start > frames else []  # without delays prefill has made a new frame already
-            said = torch.cat([history[:, :own, :start], *made, tokens], -1)[..., : frames + more]
-            codes = torch.cat([said, torch.cat([history[:, own:], user], -1)[..., : said.shape[-1]]], 1)
+            start = frames + silent - max(delays)  # the frame that came out first
+            said = torch.cat([history[:, :own, :start], tokens], -1)
+            listened = torch.cat([history[:, own:], user], -1)
+            both = min(said.shape[-1], listened.shape[-1])
+            codes = torch.cat([said[..., :both], listened[..., :both]], 1)
             check_agreement(config, ours, codes, skip=frames)
     assert len(before) == frames
 
@@ -585,19 +615,28 @@ def test_wrong_calls(pair):
     """Shapes and options that cannot be meant are refused in one sentence."""
     ours, _ = pair("small")
     sampler, with_gradients = MoshiGen(ours, 2), Moshi(MoshiConfig.from_dict(LM["small"]))
-    for call in (
-        lambda: sampler.step(torch.zeros(1, 3, 1, dtype=torch.long)),
-        lambda: sampler.step(torch.zeros(2, 2, 1, dtype=torch.long)),
-        lambda: sampler.prefill(torch.zeros(2, 6, 4, dtype=torch.long)),
-        lambda: ours(torch.zeros(1, 6, 4, dtype=torch.long)),
-        lambda: with_gradients.temporal(
-            torch.zeros(1, 7, 1, dtype=torch.long), init_state(with_gradients, 1)
-        ),
-        lambda: MoshiGen(ours, top_k=0),
-        lambda: MoshiGen(ours, temp=-1),
+    begun = MoshiGen(ours, 2)
+    begun.step(torch.zeros(2, 3, 1, dtype=torch.long))
+
+    def zeros(*shape):
+        return torch.zeros(*shape, dtype=torch.long)
+
+    for call, said in (
+        (lambda: sampler.step(zeros(1, 3, 1)), r"user codes \[2, 3, 1\], not \[1, 3, 1\]"),
+        (lambda: sampler.step(zeros(2, 2, 1)), r"user codes \[2, 3, 1\], not \[2, 2, 1\]"),
+        (lambda: sampler.prefill(zeros(2, 6, 4)), "prefill .* all streams"),
+        (lambda: sampler.prefill(zeros(1, 7, 4)), "prefill .* all streams"),
+        (lambda: begun.prefill(zeros(2, 7, 4)), r"prefill starts a conversation, after reset\(\)"),
+        (lambda: ours(zeros(1, 6, 4)), r"\[batch, 7, frames\], not \[1, 6, 4\]"),
+        (lambda: ours(zeros(7, 4)), r"\[batch, 7, frames\], not \[7, 4\]"),
+        (lambda: with_gradients.temporal(zeros(1, 7, 1), init_state(with_gradients, 1)), "no_grad"),
+        (lambda: MoshiGen(ours, top_k=0), "top-k 1 or more"),
+        (lambda: MoshiGen(ours, temp_text=-1), "temperature must be 0 or more"),
+        (lambda: MoshiGen(ours, temp=-1), "temperature must be 0 or more"),
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=said):
             call()
+    assert sampler.prefill(zeros(2, 7, 0)) is None and sampler.steps == 0
 
 
 def test_a_temperature_next_to_nothing_is_greedy():
@@ -643,6 +682,7 @@ def test_names_and_round_trip(pair, tmp_path, name, old):
     ours = load_moshi(path, MoshiConfig.from_dict(json.loads(json.dumps(LM[name]))), dtype=torch.float32)
     assert not ours.training
     save_moshi(ours, tmp_path / "ours.safetensors")
+    assert load_file(tmp_path / "ours.safetensors").keys() == official.state_dict().keys(), "the newer names"
     again = loaders.get_moshi_lm(tmp_path / "ours.safetensors", LM[name], dtype=torch.float32)
     for key, tensor in official.state_dict().items():
         assert torch.equal(again.state_dict()[key], tensor), key
@@ -693,14 +733,16 @@ def test_broken_files(tmp_path):
                 name.split(".in_proj")[0].split(".out_proj")[0],
             )
             refused({**source, name: source[name][..., :-1].clone()}, name)
+            for dtype in (torch.int8, torch.complex64, torch.float8_e4m3fn):
+                refused({**source, name: source[name].to(dtype)}, name, "dtype")
         refused({**source, "extra_heads.0.weight": torch.zeros(3)}, "extra_heads.0.weight")
     path.write_bytes(pickle.dumps({"model": [1.0]}))
-    refused(None)
+    refused(None, "broken.safetensors", "SafeTensors")
     torch.save({"fsdp_best_state": {"model": state}}, path)
-    refused(None)
+    refused(None, "broken.safetensors", "SafeTensors")
     save_file(state, path)
     path.write_bytes(path.read_bytes()[:-1000])
-    refused(None)
+    refused(None, "broken.safetensors", "SafeTensors")
     path.unlink()
     refused(None, "broken.safetensors", error=FileNotFoundError)
 
@@ -791,6 +833,101 @@ def test_wrong_configs(key, value):
     message = str(caught.value)
     ours = {"num_heads": "heads", "depformer_num_heads": "heads", "existing_text_padding_id": "padding"}
     assert key in message or ours.get(key, key) in message, message
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LM)
+def test_json_of_a_config(pair, tmp_path, name):
+    """to_dict() is read by from_dict, and the official package opens a file with it: logits are as with the
+    JSON that was written by hand."""
+    config = MoshiConfig.from_dict(LM[name])
+    written = json.loads(json.dumps(config.to_dict()))
+    assert MoshiConfig.from_dict(written) == config
+    _, official = pair(name)
+    path = save(official, tmp_path / "moshi.safetensors")
+    assert written.pop("model_type") == "moshi"  # the official package takes it out first
+    again = loaders.get_moshi_lm(path, written, dtype=torch.float32)
+    assert again.text_padding_token_id == official.text_padding_token_id
+    codes = make_codes(LM[name], 1, 2 * config.context)
+    mine, expected = again(codes), official(codes)
+    assert torch.equal(mine.text_logits.nan_to_num(), expected.text_logits.nan_to_num())
+    assert torch.equal(mine.logits.nan_to_num(), expected.logits.nan_to_num())
+
+
+@pytest.mark.parametrize(
+    "config, dtype, codebooks",
+    [
+        (None, torch.bfloat16, 8),  # no config.json: the 7B
+        (LM["small"], torch.float32, 3),
+        (lm_config(dim=1024, n_q=8, dep_q=3, delays=[0] * 9), torch.float32, 5),
+        (lm_config(dim=1536, n_q=7, dep_q=5, delays=[0] * 8), torch.bfloat16, 5),
+    ],
+    ids=["no config", "small", "1024", "1536"],
+)
+def test_what_a_folder_leaves_open(monkeypatch, tmp_path, config, dtype, codebooks):
+    """A narrow model is float32, a wide one bfloat16; Mimi has codebooks for Moshi's streams and the user's,
+    whichever are more. Nothing is loaded to see that."""
+    if config is not None:
+        mimi = mimi_config(codebook_size=24)
+        (tmp_path / "codec.json").write_text(json.dumps(mimi))
+        (tmp_path / "config.json").write_text(json.dumps({**config, "mimi_config_name": "codec.json"}))
+    monkeypatch.setattr(moshi_min, "load_mimi", lambda *arguments: arguments)
+    monkeypatch.setattr(moshi_min, "load_moshi", lambda *arguments: arguments)
+    moshi, codec, tokenizer, _ = load_checkpoint(tmp_path, "cpu")
+    sizes = (MoshiConfig(), MimiConfig())
+    if config is not None:
+        sizes = (MoshiConfig.from_dict(config), MimiConfig.from_dict(mimi))
+    assert moshi == (tmp_path / "model.safetensors", sizes[0], "cpu", dtype)
+    assert codec == (tmp_path / loaders.MIMI_NAME, sizes[1], codebooks, "cpu")
+    assert tokenizer is None
+    assert load_checkpoint(tmp_path, "cpu", torch.float16).moshi[-1] == torch.float16
+    if config is not None:
+        (tmp_path / "codec.json").write_text(json.dumps(mimi_config(codebook_size=25)))
+        with pytest.raises(ValueError, match="card 24, but Mimi has 25"):
+            load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("with_words", [True, False], ids=["words", "no words"])
+def test_a_saved_folder(tmp_path, with_words):
+    """What save_checkpoint writes, the official package and load_checkpoint open, tensor for tensor: sizes of
+    the models, whatever the settings say of them, and all else as the settings say."""
+    sizes = mimi_config(codebooks=7, codebook_size=24, positions=3, ratios=(5, 2), kernels=(5, 3, 1))
+    official = official_mimi(sizes), official_lm(LM["uneven"], seed=2)
+    mimi = load_mimi(save(official[0], tmp_path / "mimi"), MimiConfig.from_dict(sizes), 4)
+    moshi = load_moshi(save(official[1], tmp_path / "moshi"), MoshiConfig.from_dict(LM["uneven"]), dtype=None)
+    settings = {"lm_gen_config": {"temp": 0.3, "top_k": 9}, "dim": 999, "tokenizer_name": "other.model"}
+    words = make_tokenizer(320) if with_words else None
+    folder = tmp_path / "made" / "here"
+    save_checkpoint(folder, Checkpoint(moshi, mimi, words, settings))
+
+    names = [MOSHI_FILE, MIMI_FILE, "mimi_config.json", "config.json"] + with_words * [TOKENIZER_FILE]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    info = loaders.CheckpointInfo.from_hf_repo(
+        "none", folder / MOSHI_FILE, folder / MIMI_FILE, folder / TOKENIZER_FILE,
+        folder / "config.json", folder / "mimi_config.json",
+    )  # fmt: skip
+    assert info.lm_gen_config == settings["lm_gen_config"]
+    for theirs, mine in zip(official, (info.get_mimi("cpu"), info.get_moshi("cpu", torch.float32))):
+        found = mine.state_dict()
+        assert found.keys() == theirs.state_dict().keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in theirs.state_dict().items())
+    codes = make_codes(LM["uneven"], 1, 20)
+    with torch.no_grad():
+        same = info.get_moshi("cpu", torch.float32)(codes).text_logits, official[1](codes).text_logits
+    assert torch.equal(*map(torch.nan_to_num, same))
+    assert info.get_mimi("cpu").frame_size == official[0].frame_size
+
+    again = load_checkpoint(folder)
+    assert again.moshi.config == moshi.config and again.mimi.config == mimi.config
+    for model, loaded in ((moshi, again.moshi), (mimi, again.mimi)):
+        assert all(
+            torch.equal(loaded.state_dict()[key], tensor) for key, tensor in model.state_dict().items()
+        )
+    assert again.config["lm_gen_config"] == settings["lm_gen_config"] and again.config["dim"] == 32
+    assert (again.tokenizer is None) == (words is None)
+    if words is not None:
+        text = "the codec is a model"
+        assert again.tokenizer.encode(text) == words.encode(text) == info.get_text_tokenizer().encode(text)
 
 
 MEMORY = """
