@@ -540,7 +540,7 @@ def load_weights(model: nn.Module, path: str | Path, rules: list, device, dtype:
             raise ValueError(f"{path}: the tensor {name} is missing")
         tensor = stored.pop(name)
         if tensor.shape != shape or not tensor.is_floating_point() or tensor.itemsize < 2:
-            raise ValueError(f"{path}: {name} has the dtype {tensor.dtype} and the shape {list(tensor.shape)}, "
+            raise ValueError(f"{path}: {name} has the dtype {tensor.dtype} and shape {list(tensor.shape)}, "
                              f"expected floats (16 bits or more) of the shape {list(shape)}")
         return tensor.to(dtype)
 
