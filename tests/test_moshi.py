@@ -522,9 +522,13 @@ def test_reset(pair, device):
     torch.manual_seed(5)
     first = speak(sampler, user)
     speak(sampler, user[..., :7])
-    sampler.reset()
-    torch.manual_seed(5)
-    same_tokens(first, speak(sampler, user), LM["uneven"]["delays"])
+    for history in (None, make_codes(LM["uneven"], 2, 9, device, holes=False)):
+        sampler.reset()
+        if history is not None:  # it leaves tokens that the next steps were to say
+            sampler.prefill(history)
+            sampler.reset()
+        torch.manual_seed(5)
+        same_tokens(first, speak(sampler, user), LM["uneven"]["delays"])
 
 
 def test_rows_of_a_sampler_are_independent(pair, device):
