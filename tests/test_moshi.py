@@ -393,6 +393,7 @@ def user_codes(config, batch, steps, device="cpu"):
         ("all_own", 1, 80),
         ("more_own", 2, 80),
         ("two_own", 3, 80),
+        ("no_delays", 2, 80),
     ],
 )
 def test_sampler(pair, device, name, batch, steps, greedy):
