@@ -191,6 +191,8 @@ LM = {
     ),
     # dep_q is not half of n_q.
     "more_own": lm_config(n_q=7, dep_q=5, delays=[2, 0, 1, 1, 1, 1, 0, 1], depformer_context=5, context=9),
+    # A frame is whole in the step that makes it: the shortest strip, in which the sampler's columns meet.
+    "no_delays": lm_config(delays=[0] * 7, kv_repeat=2),
     "two_own": lm_config(n_q=3, dep_q=2, delays=[0, 1, 0, 2], depformer_context=2),
 }
 

@@ -393,6 +393,7 @@ def user_codes(config, batch, steps, device="cpu"):
         ("all_own", 1, 80),
         ("more_own", 2, 80),
         ("two_own", 3, 80),
+        ("no_delays", 2, 80),
     ],
 )
 def test_sampler(pair, device, name, batch, steps, greedy):
@@ -522,9 +523,13 @@ def test_reset(pair, device):
     torch.manual_seed(5)
     first = speak(sampler, user)
     speak(sampler, user[..., :7])
-    sampler.reset()
-    torch.manual_seed(5)
-    same_tokens(first, speak(sampler, user), LM["uneven"]["delays"])
+    for history in (None, make_codes(LM["uneven"], 2, 9, device, holes=False)):
+        sampler.reset()
+        if history is not None:  # it leaves tokens that the next steps were to say
+            sampler.prefill(history)
+            sampler.reset()
+        torch.manual_seed(5)
+        same_tokens(first, speak(sampler, user), LM["uneven"]["delays"])
 
 
 def test_rows_of_a_sampler_are_independent(pair, device):
