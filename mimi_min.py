@@ -89,7 +89,6 @@ class CausalConv1d(nn.Module):
     They are the end of the last chunk; at the start zeros or, with `repeat_first`, the first input.
     [B, C_in, T] -> [B, C_out, T / stride], T a multiple of the stride."""
     matmul_up_to = 2048  # outputs: for so few a matrix product is faster than the CPU's convolution kernels
-
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, bias=True, repeat_first=False):
         super().__init__()
         self.conv = nn.Conv1d(c_in, c_out, kernel, stride, bias=bias)
@@ -137,8 +136,10 @@ class CausalConvTranspose1d(nn.Module):
         memory = memory_of(self, state, x)
         x, weight = x.transpose(1, 2), self.convtr.weight  # [B, T, C_in], [C_in, C_out, 2 * stride]
         made = x[..., None] * weight[:, 0] if self.depthwise else x @ weight.flatten(1)
-        first, second = made.view(*x.shape[:2], self.c_out, 2, self.stride).unbind(3)  # [B, T, C_out, stride]
-        y = first + torch.cat([memory["tail"], second[:, :-1]], dim=1)
+        halves = made.view(*x.shape[:2], self.c_out, 2, self.stride)
+        y, second = halves[:, :, :, 0], halves[:, :, :, 1]  # [B, T, C_out, stride] each
+        y[:, 1:].add_(second[:, :-1])
+        y[:, :1].add_(memory["tail"])
         memory["tail"].copy_(second[:, -1:])  # without the bias, which is added to each output only once
         y = y.transpose(1, 2).flatten(2)  # [B, C_out, T * stride]
         return y if self.convtr.bias is None else y + self.convtr.bias[:, None]
@@ -543,7 +544,6 @@ def load_weights(model: nn.Module, path: str | Path, rules: list, device, dtype:
             raise ValueError(f"{path}: {name} has the dtype {tensor.dtype} and shape {list(tensor.shape)}, "
                              f"expected floats (16 bits or more) of the shape {list(shape)}")
         return tensor.to(dtype)
-
     weights, empty = {}, model.state_dict()
     for ours, name in official_names(model, rules).items():
         newer, shape = newer_name(name), empty[ours].shape
