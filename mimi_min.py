@@ -142,7 +142,7 @@ class CausalConvTranspose1d(nn.Module):
         y[:, :1].add_(memory["tail"])
         memory["tail"].copy_(second[:, -1:])  # without the bias, which is added to each output only once
         y = y.transpose(1, 2).flatten(2)  # [B, C_out, T * stride]
-        return y if self.convtr.bias is None else y + self.convtr.bias[:, None]
+        return y if self.convtr.bias is None else y.add_(self.convtr.bias[:, None])
 
 # ----------------------------------------------------------------------------------------------------- SEANet
 class ELU(nn.ELU):
