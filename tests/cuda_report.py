@@ -291,9 +291,9 @@ def why_not():
     """What is in the way of running anything here, or ''."""
     if torch.cuda.is_available():
         return ""
-    advice = "make clean && PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 make cuda"
+    advice = "make clean, then make cuda with PIP_EXTRA_INDEX_URL set to PyTorch's index for that CUDA"
     if torch.version.cuda is None:
-        return f"torch is built without CUDA here: make clean && make cuda, or from another index: {advice}"
+        return f"torch is built without CUDA here: make clean && make cuda; for an older CUDA {advice}"
     return f"no GPU, or its driver is too old for CUDA {torch.version.cuda}; for an older one: {advice}"
 
 
