@@ -1,7 +1,7 @@
 """A page where one talks to Moshi and watches its streams: python tools/live.py, then http://localhost:8017
 
-The page is live.html beside this file: microphone, loudspeaker, pictures, saved runs. This is its server. The
-model runs in a thread of its own, in the project's one loop, `converse`. Between page and server go
+The page is live.html beside this file, this its server. The model runs in a thread of its own, in the
+project's one loop, `converse`. Between page and server go
 
     -> a frame of the user, 16-bit samples, binary: waits in a queue for the loop
     -> what the page wishes, JSON: becomes the loop's `change` and `texts`, or temperatures
@@ -33,11 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from generate import TINY, SoundWriter, converse
 from moshi_min import NO_INPUT, TOKENIZER_FILE, UNGENERATED, MoshiGen, captured, load_checkpoint
 
-PAGE = Path(__file__).with_suffix(".html")
 BACKLOG = 12  # frames that may wait for the model, about a second of them; the next one is dropped
 BURST, PACE = 50, 1.25  # messages that may come at once; then how many in a frame's time
 PATIENCE = 10  # seconds that a page may take to read what it is sent
-LARGEST = 8192  # bytes of a message
 LONGEST = 11250  # frames of a conversation, 15 minutes: a page that was forgotten makes room, and memory ends
 LIMITS = {"temp": 2, "temp_text": 2, "codebooks": 99, "silent": 1}  # the wishes: numbers from 0 to this
 
@@ -73,27 +71,41 @@ class Model:
 
 
 class Talk:
-    """A conversation. `hear` and `wish` belong to the server's thread, the rest to the model's."""
+    """A conversation. `listen` and `wish` belong to the server's thread, the rest to the model's."""
 
     def __init__(self, model: Model, send: Callable[[bytes], None]):
-        self.model, self.send, self.received, self.dropped = model, send, 0, 0
+        self.model, self.send, self.received = model, send, 0
         self.waiting: queue.SimpleQueue = queue.SimpleQueue()  # (number, frame); None ends the conversation
         self.wishes = {"temp": model.gen.temp, "temp_text": model.gen.temp_text, "codebooks": 99, "silent": 0}
         self.to_say: deque[int] = deque(maxlen=1000)  # text tokens
         self.all_heard, self.all_said, self.sounds = [], [], []  # the run, to be saved
 
-    def hear(self, frame: bytes) -> None:
-        """Takes the user's next frame, or drops it if too many wait."""
-        if self.waiting.qsize() < BACKLOG:
-            self.waiting.put((self.received, frame))
-        else:
-            self.dropped += 1
-        self.received += 1
+    async def listen(self, socket: web.WebSocketResponse) -> tuple[int, bytes]:
+        """Takes what the page sends until it goes or breaks a rule. Returns what to close with."""
+        mimi, left, before = self.model.mimi, float(BURST), time.monotonic()
+        try:
+            async for message in socket:
+                now = time.monotonic()
+                left, before = min(BURST, left + (now - before) * PACE * mimi.frame_rate) - 1, now
+                if left < 0:
+                    return WSCloseCode.POLICY_VIOLATION, b"too many messages at once"
+                if message.type == web.WSMsgType.TEXT:
+                    self.wish(message.data)
+                elif message.type == web.WSMsgType.BINARY and len(message.data) == 2 * mimi.frame_size:
+                    if self.waiting.qsize() < BACKLOG:
+                        self.waiting.put((self.received, message.data))
+                    self.received += 1
+                else:
+                    return WSCloseCode.UNSUPPORTED_DATA, b"a frame has %d bytes" % (2 * mimi.frame_size)
+            return WSCloseCode.OK, b""
+        except (ValueError, TypeError, RecursionError):
+            return WSCloseCode.INVALID_TEXT, b"there is no such wish"
+        finally:
+            self.waiting.put(None)
 
     def wish(self, text: str) -> None:
-        """Takes {"say": text}, or numbers by the names in LIMITS. ValueError for anything else."""
-        wishes = json.loads(text)
-        for name, value in wishes.items() if isinstance(wishes, dict) else [("", text)]:
+        """Takes {"say": text}, or numbers by the names in LIMITS, and nothing else."""
+        for name, value in dict(json.loads(text)).items():
             if name == "say" and isinstance(value, str) and len(value) <= 300:
                 self.to_say.extend(self.model.tokens(value))
             elif name in LIMITS and isinstance(value, (int, float)) and 0 <= value <= LIMITS[name]:
@@ -128,14 +140,15 @@ class Talk:
         gen.reset()
         for heard, said, sound in converse(self.model.mimi, gen, self.frames(), self.change, self.texts()):
             own = [NO_INPUT] * gen.own if said is None else said[0, :, 0].tolist()
-            self.all_said += [own] * (said is not None)
+            if said is not None:
+                self.all_said.append(own)
             if heard is None:  # without any delay Moshi is ahead of the user: see `converse`
                 continue
             self.all_heard.append(heard[0, :, 0].tolist())
             self.sounds.append((self.frame, None if sound is None else sound[0, 0].cpu()))
             chances.append(self.model.likeliest())  # of a token that comes out when the longest delay is over
-            result = {"number": self.number, "dropped": self.dropped, "codes": own + self.all_heard[-1]}
-            result |= {"chances": chances.popleft(), "ms": round(1000 * (time.monotonic() - self.came), 1)}
+            result = {"number": self.number, "codes": own + self.all_heard[-1], "chances": chances.popleft()}
+            result["ms"] = round(1000 * (time.monotonic() - self.came), 1)
             head = json.dumps(result).encode()
             pcm = b"" if sound is None else (32767 * sound.clamp(-1, 1)).short().cpu().numpy().tobytes()
             self.send(len(head).to_bytes(4, "little") + head + pcm)
@@ -158,22 +171,21 @@ class Server:
     """What the page asks for: itself, files, a conversation."""
 
     def __init__(self, folder: Path, device: str = "cpu", history: list[Path] | None = None):
-        self.model, self.talk, self.turn = None, None, asyncio.Lock()  # talk: the last conversation
+        self.talk, self.turn = None, asyncio.Lock()  # the last conversation; held while it goes on
+        self.app = web.Application(middlewares=[only_from_here])
         self.files = {path.name: path for path in history or sorted(TINY.glob("*.wav"))}
-        self.facts: dict = {"files": list(self.files)}
-        if history:
+        if history:  # a saved run: its codes, and letters for them
             tokenizer = SentencePieceProcessor(str(folder / TOKENIZER_FILE))
-            self.facts["codes"] = np.load(history[0])["codes"].T.tolist()
+            self.facts: dict = {"codes": np.load(history[0])["codes"].T.tolist()}
         else:
+            self.app.router.add_get("/talk", self.converse)
             self.model = model = Model(folder, device)
             tokenizer, gen, mimi = model.tokenizer, model.gen, model.mimi
-            self.facts |= {"delays": gen.config.delays, "own": gen.own, "pads": model.pads}
-            self.facts |= {"rate": mimi.sample_rate, "size": mimi.frame_size}
-            self.facts |= {"temp": gen.temp, "temp_text": gen.temp_text}
+            self.facts = {"delays": gen.config.delays, "own": gen.own, "pads": model.pads, "temp": gen.temp}
+            self.facts |= {"temp_text": gen.temp_text, "rate": mimi.sample_rate, "size": mimi.frame_size}
         pieces = map(tokenizer.id_to_piece, range(tokenizer.vocab_size())) if tokenizer else ()
-        self.facts["pieces"] = list(pieces)
-        self.app = web.Application(middlewares=[only_from_here])
-        self.app.router.add_get("/talk", self.converse)
+        self.facts |= {"files": list(self.files), "pieces": list(pieces)}
+        self.files[""] = Path(__file__).with_suffix(".html")
         self.app.router.add_get("/{name:.*}", self.give)
 
     async def give(self, request: web.Request) -> web.StreamResponse:
@@ -183,13 +195,13 @@ class Server:
             return web.Response(body=await asyncio.to_thread(self.talk.save, name))
         if name == "about":
             return web.json_response(self.facts)
-        if name and name not in self.files:
+        if name not in self.files:
             raise web.HTTPNotFound
-        return web.FileResponse(self.files[name] if name else PAGE)
+        return web.FileResponse(self.files[name])
 
     async def converse(self, request: web.Request) -> web.WebSocketResponse:
         """A conversation over a WebSocket, until the page goes, breaks a rule or does not read."""
-        socket = web.WebSocketResponse(heartbeat=20, timeout=2, max_msg_size=LARGEST, compress=False)
+        socket = web.WebSocketResponse(heartbeat=20, timeout=2, max_msg_size=8192, compress=False)
         await socket.prepare(request)
         if self.turn.locked():
             await socket.close(code=WSCloseCode.TRY_AGAIN_LATER, message=b"somebody else is talking to it")
@@ -201,49 +213,22 @@ class Server:
 
         async with self.turn:
             self.talk = talk = Talk(self.model, send)
-            thread = asyncio.create_task(asyncio.to_thread(talk.run))
-            page = asyncio.create_task(listen(socket, talk))
+            thread, page = map(asyncio.create_task, (asyncio.to_thread(talk.run), talk.listen(socket)))
             await asyncio.wait((thread, page), return_when=asyncio.FIRST_COMPLETED)
             code, reason = page.result() if page.done() else (WSCloseCode.GOING_AWAY, b"the model stopped")
             await socket.close(code=code, message=reason, drain=False)
-            if request.transport:
-                request.transport.abort()  # whoever does not read will not hear of it, either
             with contextlib.suppress(ConnectionError, futures.TimeoutError):  # there is no page any more
                 await thread
         return socket
-
-
-async def listen(socket: web.WebSocketResponse, talk: Talk) -> tuple[int, bytes]:
-    """Hands on what the page sends until it goes or breaks a rule. Returns what to close with."""
-    mimi, left, before = talk.model.mimi, float(BURST), time.monotonic()
-    try:
-        async for message in socket:
-            now = time.monotonic()
-            left, before = min(BURST, left + (now - before) * PACE * mimi.frame_rate) - 1, now
-            if left < 0:
-                return WSCloseCode.POLICY_VIOLATION, b"too many messages at once"
-            if message.type == web.WSMsgType.TEXT:
-                talk.wish(message.data)
-            elif message.type == web.WSMsgType.BINARY and len(message.data) == 2 * mimi.frame_size:
-                talk.hear(message.data)
-            else:
-                return WSCloseCode.UNSUPPORTED_DATA, b"a frame has %d bytes" % (2 * mimi.frame_size)
-        return WSCloseCode.OK, b""
-    except (ValueError, RecursionError):
-        return WSCloseCode.INVALID_TEXT, b"there is no such wish"
-    finally:
-        talk.waiting.put(None)
 
 
 @web.middleware
 async def only_from_here(request: web.Request, handler) -> web.StreamResponse:
     """Serves its own page alone. A script of another site has another Origin, which a browser names with
     every WebSocket; a name that was made to point to this machine is another Host."""
-    allowed = {f"http://{request.host}"} | (set() if request.path == "/talk" else {None})
-    if (
-        request.url.host not in ("localhost", "127.0.0.1", "::1")
-        or request.headers.get("Origin") not in allowed
-    ):
+    allowed = [f"http://{request.host}"] + [None] * (request.path != "/talk")
+    here = request.url.host in ("localhost", "127.0.0.1", "::1")
+    if not here or request.headers.get("Origin") not in allowed:
         raise web.HTTPForbidden(text="this page is for this machine alone")
     return await handler(request)
 
@@ -254,15 +239,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=Path, default=TINY, help="a folder in the official format")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--port", type=int, default=8017)
-    parser.add_argument(
-        "--history", nargs="+", type=Path, help="RUN.npz [RUN.wav]: a saved run, without a model"
-    )
+    parser.add_argument("--history", nargs="+", type=Path, help="RUN.npz [RUN.wav], to look at a saved run")
     args = parser.parse_args(argv)
     try:
         server = Server(args.checkpoint, args.device, args.history)
+        web.run_app(server.app, host="127.0.0.1", port=args.port, access_log=None, shutdown_timeout=2)
     except (OSError, ValueError) as error:
         sys.exit(f"live.py: error: {error}")
-    web.run_app(server.app, host="127.0.0.1", port=args.port, access_log=None, shutdown_timeout=2)
 
 
 if __name__ == "__main__":
