@@ -13,9 +13,15 @@ section 3.3); the reference implementation is `moshi.models.compression.MimiMode
 """
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import re
+import reprlib
+import secrets
+import shutil
+import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -52,8 +58,10 @@ class MimiConfig:
         self.hop_size = math.prod(self.ratios)  # samples that SEANet turns into one vector: 960
         self.frame_size = int(self.sample_rate / self.frame_rate)  # samples in a frame: 1920
         self.stride = self.frame_size // self.hop_size  # positions of the transformers in a frame: 2
-        if self.dimension % (2 * self.num_heads) or self.n_q < 2:  # rotary embedding turns pairs
-            raise ValueError(f"config: num_heads {self.num_heads} or n_q {self.n_q} does not fit dimension")
+        if self.dimension % (2 * self.num_heads):  # rotary embedding turns pairs
+            raise ValueError(f"config: num_heads {self.num_heads} does not fit dimension {self.dimension}")
+        if min(self.n_q, self.n_filters) < 2:
+            raise ValueError(f"config: n_q {self.n_q} and n_filters {self.n_filters} must be 2 or more")
         if self.stride < 2 or self.stride * self.hop_size * self.frame_rate != self.sample_rate:
             raise ValueError(f"config: a frame_rate of {self.frame_rate} does not fit ratios {self.ratios}")
 
@@ -215,11 +223,14 @@ class Decoder(Layers):
 
 # ------------------------------------------------------------------------------------------------ transformer
 def rotation(positions: Tensor, head_dim: int, max_period: float) -> Tensor:
-    """What `rope` multiplies pairs with: cos + i sin of their angles, [T, head_dim / 2] complex."""
+    """What `rope` multiplies pairs with: cos + i sin of their angles, [T, head_dim / 2] complex.
+    Frequencies are the official float32; their products with positions, which have no end, would lose the
+    angle in it: a day of talking would change codes."""
     pairs = torch.arange(head_dim // 2, device=positions.device, dtype=torch.float32)
     frequencies = torch.exp(pairs * (-math.log(max_period) * 2 / head_dim))
-    angles = positions.float()[:, None] * frequencies
-    return torch.polar(torch.ones_like(angles), angles)
+    exact = torch.float32 if positions.device.type == "mps" else torch.float64  # which MPS does not have
+    angles = positions.to(exact)[:, None] * frequencies.to(exact)
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
 def rope(x: Tensor, turns: Tensor) -> Tensor:
     """Rotary position embedding (Su et al. 2021) of queries or keys x [B, H, T, head_dim], in float32.
@@ -468,25 +479,29 @@ class Mimi(nn.Module):
         return self.from_latent(self.quantizer.decode(codes, state), state)
 
 # ------------------------------------------------------------------------------------ config and weight files
+COUNTS = ("num_layers", "depformer_num_layers", "n_q", "dep_q", "delays")  # what Python counts through
+brief = reprlib.repr  # what a file holds instead of a number may be a whole book, or a thousand lists deep
+
 def check_sizes(config, may_be_zero: tuple[str, ...] = ()) -> None:
     """ValueError unless every field of a config dataclass holds positive numbers of its default's kind."""
     for field in dataclasses.fields(config):
         value, is_list = getattr(config, field.name), isinstance(field.default, tuple)
         numbers = value if isinstance(value, (list, tuple)) else [value]
         kinds, lowest = {int, type(field.default)}, 0 if field.name in may_be_zero else 1e-9
-        good = numbers and all(type(number) in kinds and lowest <= number < 2**20 for number in numbers)
+        highest = 2**10 if field.name in COUNTS else 2**20
+        good = numbers and all(type(number) in kinds and lowest <= number < highest for number in numbers)
         if not good or is_list != isinstance(value, (list, tuple)):
-            raise ValueError(f"config: {field.name} cannot be {value!r}")
+            raise ValueError(f"config: {field.name} cannot be {brief(value)}")
 
 def check_official(given: dict, possible: dict, what: str) -> None:
     """ValueError for a key or a value of an official JSON object that isn't `possible` with this code."""
     for key, value in given.items():
         if key not in possible:
-            raise ValueError(f"{what}: unknown key {key!r}")
+            raise ValueError(f"{what}: unknown key {brief(key)}")
         if isinstance(value, dict) and isinstance(possible[key], dict):
             check_official(value, possible[key], f"{what}, {key}")
         elif value != possible[key]:
-            raise ValueError(f"{what}: {key} is {value!r}, but only {possible[key]!r} is possible here")
+            raise ValueError(f"{what}: {key} is {brief(value)}, but only {possible[key]!r} is possible here")
 
 MIMI_DEFAULTS = {  # what the official JSON means where it leaves a key out
     "seanet": {"dimension": 128, "n_filters": 32, "ratios": [8, 5, 4, 2], "kernel_size": 7,
@@ -526,16 +541,13 @@ def write_mimi(c: MimiConfig) -> dict:
                         "context": c.context, "max_period": c.max_period, "conv_layout": True,
                         "layer_scale": 0.01, "positional_embedding": "rope"}}
 
-@contextlib.contextmanager
-def whole_file(path: str | Path):
-    """A file to write that gets the name `path` once the block has ended well, and is gone otherwise."""
-    temporary = Path(f"{path}.{os.getpid()}.part")
+def build(kind: Callable, config, path: str | Path):
+    """A model without values, on the meta device; ValueError for sizes that no file, like `path`, can hold."""
     try:
-        with open(temporary, "wb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with torch.device("meta"):
+            return kind(config)
+    except (RuntimeError, TypeError, OverflowError):
+        raise ValueError(f"{path}: no file holds tensors as large as the config says; correct it") from None
 
 def official_names(model: nn.Module, rules: list[tuple[str, str]]) -> dict[str, str]:
     """Our name -> its name in the released files of every tensor in `model`. Rules: (pattern, replacement).
@@ -545,6 +557,8 @@ def official_names(model: nn.Module, rules: list[tuple[str, str]]) -> dict[str, 
         names = {ours: re.sub(pattern, replacement, name) for ours, name in names.items()}
     return names
 
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what weights may be, and the bytes of a number
+
 def newer_name(name: str) -> str:
     """The name in newer files, where an attention has a tensor for each codebook; Helium's is number 0."""
     return re.sub(r"\.(in|out)_proj[_.]weight$", r".\1_projs.{k}.weight", name)
@@ -552,7 +566,7 @@ def newer_name(name: str) -> str:
 class WeightFile:
     """A SafeTensors file whose tensors are taken out one by one. On the CPU they are mapped, not read."""
     def __init__(self, path: str | Path, device, dtype: torch.dtype | None):
-        open(path, "rb").close()  # its OSError says what is wrong; safe_open calls every such file missing
+        open_regular(path).close()  # safe_open calls all that it can't open missing
         try:
             self.file = safetensors.safe_open(path, framework="pt", device=str(device))
         except safetensors.SafetensorError as error:
@@ -564,11 +578,14 @@ class WeightFile:
         if name not in self.unused:
             raise ValueError(f"{self.path}: the tensor {name} is missing")
         stored, kind = self.file.get_slice(name).get_shape(), self.file.get_slice(name).get_dtype()
-        if stored != list(shape) or kind not in ("F64", "F32", "F16", "BF16"):
+        if stored != list(shape) or kind not in FLOATS:
             raise ValueError(f"{self.path}: {name} has the shape {stored} and the dtype {kind}, expected "
                              f"{list(shape)} and floats (int8 files are not read)")
         self.unused.remove(name)
-        return self.file.get_tensor(name).to(dtype=self.dtype)
+        tensor = self.file.get_tensor(name).to(dtype=self.dtype)
+        if shape and not torch.stack(tensor.aminmax()).isfinite().all():  # isfinite of all would copy them
+            raise ValueError(f"{self.path}: {name} holds numbers that are not finite in {tensor.dtype}")
+        return tensor
 
     def take_ours(self, name: str, shape: torch.Size) -> Tensor:
         """A tensor of ours by its released name: there, or in pieces, or under a newer name."""
@@ -619,8 +636,7 @@ MIMI_NAMES = [
 def load_mimi(path: str | Path, config: MimiConfig | None = None, num_codebooks=8, device="cpu") -> Mimi:
     """Mimi from an official SafeTensors file, in float32; `config` None is the released one.
     On CUDA set torch.backends.cudnn.allow_tf32 = False: TF32 is the default there and can change codes."""
-    with torch.device("meta"):
-        mimi = Mimi(config or MimiConfig())
+    mimi = build(Mimi, config or MimiConfig(), path)
     load_weights(mimi, path, MIMI_NAMES, device, torch.float32)
     mimi.num_codebooks = num_codebooks
     return mimi.eval()
@@ -628,3 +644,55 @@ def load_mimi(path: str | Path, config: MimiConfig | None = None, num_codebooks=
 def save_mimi(mimi: Mimi, path: str | Path) -> None:
     """Writes the official file, in the dtype that the model has."""
     save_weights(mimi, path, MIMI_NAMES)
+
+# ------------------------------------------------------------------------------------------- files in general
+def plain(problem: object) -> str:
+    """A text, or an error, as one line for a terminal: without the control characters that files may hold, at
+    most 500 characters, the middle left out. An OSError is its file and what the system says."""
+    if isinstance(problem, OSError) and problem.strerror:
+        problem = f"{problem.filename or 'input or output'}: {problem.strerror}"
+    text = "".join(character if character.isprintable() else " " for character in str(problem))
+    return text if len(text) <= 500 else f"{text[:250]} ... {text[-245:]}"
+
+def open_regular(path: str | Path, largest: float = math.inf):
+    """Opens a file of at most `largest` bytes; OSError, also for a pipe or a device, which may never end."""
+    status = os.stat(path)
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)) or status.st_size > largest:
+        raise OSError(0, "a pipe, a device or far too large, not the file that it should be", str(path))
+    return open(path, "rb")  # says what is wrong with a folder
+
+def read_json(path: str | Path, make: Callable = dict):
+    """What `make` makes of the JSON object in a file, in UTF-8; ValueErrors, those of `make` too, name it."""
+    with open_regular(path, 2**25) as file:
+        text = file.read()
+    try:
+        content = json.loads(text.decode("utf-8-sig"))  # with or without a byte order mark
+        json.dumps(content, allow_nan=False)  # nor 1e999
+        if not isinstance(content, dict):
+            raise ValueError("expected a JSON object")
+        return make(content)
+    except (ValueError, RecursionError) as error:
+        kind = "not a JSON file that can be read: " * (make is dict)
+        raise ValueError(f"{path}: {kind}{error}") from None
+
+@contextlib.contextmanager
+def whole_file(path: str | Path):
+    """A file to write that gets the name `path` once the block has ended well, and is gone otherwise. A link
+    is written through, permissions stay. If it can't get its name, an OSError says where it is instead."""
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f"{secrets.token_hex(8)}.part")  # nobody can plant a link of that name
+    try:
+        with open(temporary, "x+b") as file:
+            if path.exists():
+                os.chmod(temporary, path.stat().st_mode & 0o777)
+            yield file
+            file.flush()
+            try:
+                os.replace(temporary, path)
+            except OSError as error:  # mounted by itself, in use (Windows), its folder gone: nothing is lost
+                with tempfile.NamedTemporaryFile(suffix=path.suffix, delete=False) as kept:
+                    file.seek(0)
+                    shutil.copyfileobj(open(temporary, "rb") if temporary.exists() else file, kept)
+                raise OSError(0, f"{error.strerror}; what was made is {kept.name}", str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -361,7 +361,7 @@ def main():
         torch.set_num_threads(args.threads)
     if args.measure:
         measure(*args.measure.split())
-        return
+        return None
     place = (
         torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )

@@ -17,9 +17,9 @@ def lines(name):
     return (ROOT / name).read_text().splitlines()
 
 
-def test_three_files_hold_at_most_1500_lines():
+def test_three_files_hold_at_most_1600_lines():
     counts = {name: len(lines(name)) for name in FILES}
-    assert sum(counts.values()) <= 1500, counts
+    assert sum(counts.values()) <= 1600, counts
 
 
 @pytest.mark.parametrize("name", FILES)

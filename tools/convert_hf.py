@@ -139,7 +139,7 @@ def is_size(value) -> bool:
 
 
 def read_fields(given: dict, table: dict, what: str) -> dict:
-    """Fields of our config. A row of `table` is (field, default) or ([values that can be converted], default)."""
+    """Fields of our config. A row of `table` is (field, default) or ([possible values], default)."""
     fields: dict = {}
     for key, (use, default) in table.items():
         value = default if given.get(key) is None else given[key]
