@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     frames = itertools.chain(itertools.repeat(silence, lead), frames, itertools.repeat(silence, extra))
     torch.manual_seed(args.seed)
     gen = MoshiGen(moshi, 1, args.temp, args.temp_text, args.top_k, args.top_k_text, args.greedy)
-    raw, kept = args.output == "-", [array.array("i"), array.array("i")] if args.tokens else []
+    raw, kept = args.output == "-", [array.array("i") for _ in moshi.config.delays if args.tokens]
     screen = Screen(tokenizer, moshi.config, sys.stderr if raw else sys.stdout, size / rate, total)
     with contextlib.nullcontext(sys.stdout.buffer) if raw else whole_file(args.output) as file:
         writer = SoundWriter(file, args.stereo, rate, raw)
@@ -97,19 +97,22 @@ def run(args: argparse.Namespace) -> None:
     milliseconds, place = 1000 * screen.busy / screen.frames, "standard output" if raw else args.output
     show(f"{screen.frames} frames, {milliseconds:.1f} ms per frame, {screen}: {plain(place)}\n", sys.stderr)
     if args.tokens:
+        codes = np.full((len(kept), screen.frames), NO_INPUT)
+        for row, stream in zip(codes, kept):
+            row[: len(stream)] = stream[: len(row)]
         with whole_file(args.tokens) as table:
-            codes = aligned(moshi.config, *kept, screen.frames)
             np.savez(table, codes=codes, delays=moshi.config.delays, frame_rate=mimi.frame_rate)
     if signals[0]:
         raise KeyboardInterrupt
 
-def talk(mimi: Mimi, gen: MoshiGen, frames, screen, writer, kept: Iterable[array.array]) -> None:
+def talk(mimi: Mimi, gen: MoshiGen, frames, screen, writer, kept: list[array.array]) -> None:
     """Tells and writes what `converse` yields, while `frames` [frame_size] come or until a signal does. Then
-    `signals` holds it, or 0, and no other does anything. `kept`: two to fill with the codes, or none."""
+    `signals` holds it, or 0, and no other does anything. `kept`: lists for the streams' codes, or none."""
     try:
         for heard, said, sound in converse(mimi, gen, screen.watch(frames)):
-            for packed, tokens in zip(kept, (heard, said)):
-                packed.extend([] if tokens is None else tokens[0, :, 0].tolist())
+            for streams, codes in ((kept[: gen.own], said), (kept[gen.own :], heard)):
+                for stream, code in zip(streams, [] if codes is None else codes[0, :, 0].tolist()):
+                    stream.append(code)
             if said is not None:
                 if said[0, 0] == UNGENERATED:
                     fail("the model makes numbers that are not finite; try --dtype bfloat16 or float32")
@@ -122,14 +125,6 @@ def talk(mimi: Mimi, gen: MoshiGen, frames, screen, writer, kept: Iterable[array
         signals.append(0)
     except KeyboardInterrupt:
         signals.append(signal.SIGINT)  # Python's own; `stop` has put the true one before it
-
-def aligned(config, heard: Iterable[int], said: Iterable[int], frames: int) -> np.ndarray:
-    """The codes of all streams [1 + n_q, F] of what `talk` has kept, NO_INPUT where there is none."""
-    codes, own = np.full((1 + config.n_q, frames), NO_INPUT), 1 + config.dep_q
-    for streams, packed in ((codes[:own], said), (codes[own:], heard)):
-        columns = np.array(packed, int).reshape(-1, max(len(streams), 1)).T[:, :frames]
-        streams[:, : columns.shape[1]] = columns
-    return codes
 
 def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
     """The checkpoint that was named, or a Problem that says what to do."""
@@ -263,15 +258,15 @@ def read_wav(path: Path) -> tuple[Tensor, int]:
         size = struct.unpack_from("<Q", long, 8)[0]
     elif size == 0 and not whole or size >= 0x7FFF0000:  # its writer wrote into a pipe and could not know
         size = rest
+    raw = np.frombuffer(data, np.uint8, min(size, rest) // block * block, place).reshape(-1, block)
+    if not len(raw):
+        fail(f"{path} holds no sound" + again)
     if size > rest:
         warn(f"{path} is cut off: {rest} of {size} bytes of sound are there, and read")
-    raw = np.frombuffer(data, np.uint8, min(size, rest) // block * block, place).reshape(-1, block)
     sound, loudest = mix(raw, channels, form, bits)
     if not loudest <= (100 if form == 3 else 1):
         cure = convert.replace("-ar", f"-af volume={0.9 / loudest:.1g} -ar") if loudest < math.inf else again
         fail(f"{path} holds samples that are not finite numbers, or not in -1..1: up to {loudest:.6g}" + cure)
-    if not len(raw):
-        fail(f"{path} holds no sound" + again)
     if np.abs(sound).max() < 1e-3:
         warn(f"{path} is as good as silent{' once its channels are mixed' if loudest > 0.01 else ''}")
     return torch.from_numpy(sound), rate
@@ -279,7 +274,7 @@ def read_wav(path: Path) -> tuple[Tensor, int]:
 def mix(raw: np.ndarray, channels: int, form: int, bits: int) -> tuple[np.ndarray, float]:
     """Bytes [T, block] -> the mean of all channels [T], and how loud a sample was before it was clipped. In
     parts, so that an hour takes little more memory than itself."""
-    sound, loudest = np.empty(len(raw), np.float32), [0.0]
+    sound, loudest = np.empty(len(raw), np.float32), []
     for start in range(0, len(raw), 2**18):
         data = raw[start : start + 2**18].reshape(-1, raw.shape[1] // channels)  # [T' * channels, width]
         if form == 3:

@@ -542,7 +542,7 @@ def write_mimi(c: MimiConfig) -> dict:
                         "layer_scale": 0.01, "positional_embedding": "rope"}}
 
 def build(kind: Callable, config, path: str | Path):
-    """A model without values, on the meta device; ValueError for sizes that no file, like `path`, can hold."""
+    """A model without values, on the meta device; ValueError for sizes that no file like `path` can hold."""
     try:
         with torch.device("meta"):
             return kind(config)

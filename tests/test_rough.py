@@ -21,7 +21,7 @@ import generate
 import mimi_min
 from generate import TINY
 from mimi_min import whole_file
-from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, Moshi, MoshiConfig, MoshiGen, load_checkpoint
+from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, Moshi, MoshiGen, load_checkpoint
 
 RAW = (voice(2.0) * 32767).astype("<i2").tobytes()
 BUFFERED = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}  # as users have it
@@ -288,15 +288,16 @@ def test_help_that_nobody_reads(tmp_path):
         quiet(process.stderr.read().decode())
 
 
-def test_tokens_are_kept_only_if_asked_for():
+def test_tokens_are_kept_only_if_asked_for(call, question, monkeypatch):
     """Packed integers, 68 bytes a frame; without `--tokens` nothing."""
-    config = MoshiConfig(n_q=3, dep_q=2, delays=(0, 0, 1, 0))
-    heard, said = [7, 8, 9, 10], [1, 2, 3, 4, 5, 6]
-    codes = generate.aligned(config, heard, said, 3)
-    assert codes.tolist() == [[1, 4, -1], [2, 5, -1], [3, 6, -1], [7, 8, 9]]
-    assert generate.aligned(config, heard, said, 0).shape == (4, 0)
-    own = MoshiConfig(n_q=2, dep_q=2, delays=(0, 0, 1))
-    assert generate.aligned(own, [], said, 2).tolist() == [[1, 4], [2, 5], [3, 6]]
+    kept = []
+    monkeypatch.setattr(
+        generate, "talk", lambda *given, real=generate.talk: kept.append(given[-1]) or real(*given)
+    )
+    assert call(question)[0] == call(question, "--tokens", "run.npz")[0] == 0
+    nothing, streams = kept
+    assert nothing == [] and [len(stream) for stream in streams] == [3 + 1] * 9 + [4] * 8
+    assert all(stream.itemsize == 4 for stream in streams)
 
 
 # ---- what is read is what was meant ------------------------------------------------------------------------
