@@ -231,9 +231,11 @@ def read_wav(path: Path) -> tuple[Tensor, int]:
     again, name, header, long = "; record or copy it again", b"", b"", b""
     convert = f"; convert it: ffmpeg -i {shlex.quote(str(path))} -ar 24000 -c:a pcm_s16le new.wav"
     with open_regular(path) as file:
+        data = file.read(12)
+        if data[:4] not in (b"RIFF", b"RF64", b"BW64") or data[8:] != b"WAVE":  # the last two: past 4 GiB
+            fail(f"{path} is not a WAV file" + convert if data else f"{path} is an empty file" + again)
+        file.seek(0)
         data = file.read()
-    if data[:4] not in (b"RIFF", b"RF64", b"BW64") or data[8:12] != b"WAVE":  # the last two: past 4 GiB
-        fail(f"{path} is not a WAV file" + convert if data else f"{path} is an empty file" + again)
     place, size = 12, 0
     while name != b"data":  # chunks of any kind: a name, a size, contents padded to an even length
         place += size + size % 2
