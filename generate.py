@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-if __name__ == "__main__":  # while torch takes its second to load, they just end the program; then see `stop`
+if __name__ == "__main__":  # while torch takes its second to load, a signal just ends it; see `stop`
     ENDINGS = [getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
     ENDINGS = [ending for ending in ENDINGS if signal.getsignal(ending) != signal.SIG_IGN]  # as under nohup
     for ending in ENDINGS:
@@ -32,9 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimi_min import Mimi, brief, captured, init_state, open_regular, plain, whole_file
-from moshi_min import (MIMI_FILE, MOSHI_FILE, NO_INPUT, TOKENIZER_FILE, UNGENERATED, Checkpoint, MoshiGen,
-                       load_checkpoint)
+from mimi_min import Mimi, captured, init_state, open_regular, plain, whole_file
+from moshi_min import MIMI_FILE, MOSHI_FILE, NO_INPUT, TOKENIZER_FILE, Checkpoint, MoshiGen, load_checkpoint
 
 @torch.no_grad()
 def converse(mimi: Mimi, gen: MoshiGen, frames: Iterable[Tensor], change: Callable = lambda codes: codes,
@@ -97,9 +96,7 @@ def run(args: argparse.Namespace) -> None:
     milliseconds, place = 1000 * screen.busy / screen.frames, "standard output" if raw else args.output
     show(f"{screen.frames} frames, {milliseconds:.1f} ms per frame, {screen}: {plain(place)}\n", sys.stderr)
     if args.tokens:
-        codes = np.full((len(kept), screen.frames), NO_INPUT)
-        for row, stream in zip(codes, kept):
-            row[: len(stream)] = stream[: len(row)]
+        codes = np.array([*itertools.zip_longest(*kept, fillvalue=NO_INPUT)])[: screen.frames].T
         with whole_file(args.tokens) as table:
             np.savez(table, codes=codes, delays=moshi.config.delays, frame_rate=mimi.frame_rate)
     if signals[0]:
@@ -114,7 +111,7 @@ def talk(mimi: Mimi, gen: MoshiGen, frames, screen, writer, kept: list[array.arr
                 for stream, code in zip(streams, [] if codes is None else codes[0, :, 0].tolist()):
                     stream.append(code)
             if said is not None:
-                if said[0, 0] == UNGENERATED:
+                if said[0, 0] < 0:
                     fail("the model makes numbers that are not finite; try --dtype bfloat16 or float32")
                 screen.say(int(said[0, 0]))
             if sound is not None and not sound.isfinite().all():
@@ -146,7 +143,7 @@ def number(kind: type, low: int, high: float = 10**9) -> Callable[[str], float]:
             if low <= kind(text) <= high:
                 return kind(text)
         what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"it must be {what} from {low} to {high:g}, not {brief(text)}")
+        raise argparse.ArgumentTypeError(f"it must be {what} from {low} to {high:g}, not {text!r}")
     return read
 
 seconds = number(float, 0, 3600)
@@ -191,8 +188,8 @@ def check_files(args: argparse.Namespace) -> None:
         fail("--stereo and --tokens need a file, not '-'; name one")
     if args.question == "-" and sys.stdin.isatty():
         fail("'-' reads raw sound from a pipe; see --help")
-    parts = [path for path in args.checkpoint.glob("*") if path.suffix not in (".wav", ".npz")]
-    taken = [identity(file) for file in (args.question, 0, 1, 2, *parts)]  # a stream may be a file, too
+    files = (path for path in args.checkpoint.glob("*") if path.suffix not in (".wav", ".npz"))
+    taken = [identity(file) for file in (args.question, 0, 1, 2, *files)]  # a stream may be a file, too
     for path in [Path(name) for name in (args.output, args.tokens) if name not in ("-", None)]:
         folder = Path(os.path.realpath(path)).parent  # a link is written through
         if not folder.is_dir():
@@ -221,7 +218,7 @@ def settle(args: argparse.Namespace, config: dict) -> None:
         try:
             value = reader(str(config.get(section, {}).get(key, default)))
         except (AttributeError, argparse.ArgumentTypeError):
-            fail(f"config.json: {key} in {section} {brief(config[section])} must be a number; correct it")
+            fail(f"config.json: {key} in {section} {config[section]!r} must be a number; correct it")
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     args.greedy |= not config.get("lm_gen_config", {}).get("use_sampling", True)
 
@@ -234,8 +231,7 @@ def read_wav(path: Path) -> tuple[Tensor, int]:
         data = file.read(12)
         if data[:4] not in (b"RIFF", b"RF64", b"BW64") or data[8:] != b"WAVE":  # the last two: past 4 GiB
             fail(f"{path} is not a WAV file" + convert if data else f"{path} is an empty file" + again)
-        file.seek(0)
-        data = file.read()
+        data += file.read()
     place, size = 12, 0
     while name != b"data":  # chunks of any kind: a name, a size, contents padded to an even length
         place += size + size % 2
@@ -245,16 +241,15 @@ def read_wav(path: Path) -> tuple[Tensor, int]:
         place += 8
         header = data[place : place + min(size, 40)] if name == b"fmt " else header
         long = data[place : place + size] if name == b"ds64" else long  # sizes in 64 bits
-    if len(header) < 16:
-        fail(f"{path}: a format (fmt) of {len(header)} bytes is not read here" + convert)
-    form, channels, rate, _, block, bits = struct.unpack_from("<HHIIHH", header)
+    form, channels, rate, _, block, bits = struct.unpack_from("<HHIIHH", header.ljust(16, b"\0"))
     if form == 0xFFFE and len(header) >= 26:  # an extensible header: the true format opens a longer name
         form = struct.unpack_from("<H", header, 24)[0]
     width = block // max(channels, 1)  # bytes of a sample
     known = (form, width) in ((1, 1), (1, 2), (1, 3), (1, 4), (3, 4), (3, 8)) and 1000 <= rate <= 1_000_000
-    if not known or width * channels != block or width != -(-bits // 8) and (width, bits) != (4, 24):
-        fail(f"{path}: format {form} of {bits} bits, a block size of {block} for {channels} channels, at "
-             f"{rate} Hz is not read here" + convert)
+    fits = width * channels == block and (width == -(-bits // 8) or (width, bits) == (4, 24))
+    if not known or not fits or len(header) < 16:
+        fail(f"{path}: a fmt of {len(header)} bytes, format {form}, {bits} bits, a block size of {block}, "
+             f"{channels} channels at {rate} Hz is not read here" + convert)
     rest, whole = len(data) - place, struct.unpack_from("<I", data, 4)[0] == len(data) - 8
     if size == 0xFFFFFFFF and len(long) >= 16:
         size = struct.unpack_from("<Q", long, 8)[0]
@@ -351,8 +346,7 @@ class SoundWriter:
 
 # -------------------------------------------------------------------------------------- terminal and signals
 def show(text: str, stream) -> None:
-    """Prints at once. When `stream` takes no more (its reader has gone, its disk is full, its terminal is
-    closed), what is written to it goes nowhere: text never costs the sound."""
+    """Prints at once. Once `stream` takes no more, its reader gone or its disk full, text goes nowhere."""
     try:
         print(text, end="", file=stream, flush=True)
     except OSError:

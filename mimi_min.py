@@ -17,10 +17,7 @@ import json
 import math
 import os
 import re
-import reprlib
 import secrets
-import shutil
-import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -58,10 +55,9 @@ class MimiConfig:
         self.hop_size = math.prod(self.ratios)  # samples that SEANet turns into one vector: 960
         self.frame_size = int(self.sample_rate / self.frame_rate)  # samples in a frame: 1920
         self.stride = self.frame_size // self.hop_size  # positions of the transformers in a frame: 2
-        if self.dimension % (2 * self.num_heads):  # rotary embedding turns pairs
-            raise ValueError(f"config: num_heads {self.num_heads} does not fit dimension {self.dimension}")
-        if min(self.n_q, self.n_filters) < 2:
-            raise ValueError(f"config: n_q {self.n_q} and n_filters {self.n_filters} must be 2 or more")
+        if self.dimension % (2 * self.num_heads) or min(self.n_q, self.n_filters) < 2:
+            raise ValueError(f"config: num_heads {self.num_heads} does not fit dimension {self.dimension}, "
+                             f"or n_q {self.n_q} or n_filters {self.n_filters} is too small")
         if self.stride < 2 or self.stride * self.hop_size * self.frame_rate != self.sample_rate:
             raise ValueError(f"config: a frame_rate of {self.frame_rate} does not fit ratios {self.ratios}")
 
@@ -223,9 +219,8 @@ class Decoder(Layers):
 
 # ------------------------------------------------------------------------------------------------ transformer
 def rotation(positions: Tensor, head_dim: int, max_period: float) -> Tensor:
-    """What `rope` multiplies pairs with: cos + i sin of their angles, [T, head_dim / 2] complex.
-    Frequencies are the official float32; their products with positions, which have no end, would lose the
-    angle in it: a day of talking would change codes."""
+    """What `rope` multiplies pairs with: cos + i sin of their angles, [T, head_dim / 2] complex. Frequencies
+    are the official float32. The angles would lose their digits in it: after a day codes would change."""
     pairs = torch.arange(head_dim // 2, device=positions.device, dtype=torch.float32)
     frequencies = torch.exp(pairs * (-math.log(max_period) * 2 / head_dim))
     exact = torch.float32 if positions.device.type == "mps" else torch.float64  # which MPS does not have
@@ -480,7 +475,6 @@ class Mimi(nn.Module):
 
 # ------------------------------------------------------------------------------------ config and weight files
 COUNTS = ("num_layers", "depformer_num_layers", "n_q", "dep_q", "delays")  # what Python counts through
-brief = reprlib.repr  # what a file holds instead of a number may be a whole book, or a thousand lists deep
 
 def check_sizes(config, may_be_zero: tuple[str, ...] = ()) -> None:
     """ValueError unless every field of a config dataclass holds positive numbers of its default's kind."""
@@ -491,17 +485,17 @@ def check_sizes(config, may_be_zero: tuple[str, ...] = ()) -> None:
         highest = 2**10 if field.name in COUNTS else 2**20
         good = numbers and all(type(number) in kinds and lowest <= number < highest for number in numbers)
         if not good or is_list != isinstance(value, (list, tuple)):
-            raise ValueError(f"config: {field.name} cannot be {brief(value)}")
+            raise ValueError(f"config: {field.name} cannot be {value!r}")
 
 def check_official(given: dict, possible: dict, what: str) -> None:
     """ValueError for a key or a value of an official JSON object that isn't `possible` with this code."""
     for key, value in given.items():
         if key not in possible:
-            raise ValueError(f"{what}: unknown key {brief(key)}")
+            raise ValueError(f"{what}: unknown key {key!r}")
         if isinstance(value, dict) and isinstance(possible[key], dict):
             check_official(value, possible[key], f"{what}, {key}")
         elif value != possible[key]:
-            raise ValueError(f"{what}: {key} is {brief(value)}, but only {possible[key]!r} is possible here")
+            raise ValueError(f"{what}: {key} is {value!r}, but only {possible[key]!r} is possible here")
 
 MIMI_DEFAULTS = {  # what the official JSON means where it leaves a key out
     "seanet": {"dimension": 128, "n_filters": 32, "ratios": [8, 5, 4, 2], "kernel_size": 7,
@@ -645,7 +639,6 @@ def save_mimi(mimi: Mimi, path: str | Path) -> None:
     """Writes the official file, in the dtype that the model has."""
     save_weights(mimi, path, MIMI_NAMES)
 
-# ------------------------------------------------------------------------------------------- files in general
 def plain(problem: object) -> str:
     """A text, or an error, as one line for a terminal: without the control characters that files may hold, at
     most 500 characters, the middle left out. An OSError is its file and what the system says."""
@@ -656,10 +649,10 @@ def plain(problem: object) -> str:
 
 def open_regular(path: str | Path, largest: float = math.inf):
     """Opens a file of at most `largest` bytes; OSError, also for a pipe or a device, which may never end."""
-    status = os.stat(path)
-    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)) or status.st_size > largest:
-        raise OSError(0, "a pipe, a device or far too large, not the file that it should be", str(path))
-    return open(path, "rb")  # says what is wrong with a folder
+    if os.path.exists(path) and not os.path.isdir(path):  # of those two `open` says what is wrong
+        if not os.path.isfile(path) or os.path.getsize(path) > largest:
+            raise OSError(0, "a pipe, a device or far too large, not the file that it should be", str(path))
+    return open(path, "rb")
 
 def read_json(path: str | Path, make: Callable = dict):
     """What `make` makes of the JSON object in a file, in UTF-8; ValueErrors, those of `make` too, name it."""
@@ -667,13 +660,11 @@ def read_json(path: str | Path, make: Callable = dict):
         text = file.read()
     try:
         content = json.loads(text.decode("utf-8-sig"))  # with or without a byte order mark
-        json.dumps(content, allow_nan=False)  # nor 1e999
-        if not isinstance(content, dict):
+        if not isinstance(content, dict) or not json.dumps(content, allow_nan=False):  # nor 1e999
             raise ValueError("expected a JSON object")
         return make(content)
     except (ValueError, RecursionError) as error:
-        kind = "not a JSON file that can be read: " * (make is dict)
-        raise ValueError(f"{path}: {kind}{error}") from None
+        raise ValueError(f"{path}: {error}") from None
 
 @contextlib.contextmanager
 def whole_file(path: str | Path):
@@ -692,7 +683,7 @@ def whole_file(path: str | Path):
             except OSError as error:  # mounted by itself, in use (Windows), its folder gone: nothing is lost
                 with tempfile.NamedTemporaryFile(suffix=path.suffix, delete=False) as kept:
                     file.seek(0)
-                    shutil.copyfileobj(open(temporary, "rb") if temporary.exists() else file, kept)
+                    kept.writelines(open(temporary, "rb") if temporary.exists() else file)
                 raise OSError(0, f"{error.strerror}; what was made is {kept.name}", str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
-from mimi_min import (TRANSFORMER_NAMES, Attention, Mimi, MimiConfig, Transformer, TransformerLayer, brief,
-                      build, captured, check_official, check_sizes, init_state, load_mimi, load_weights,
+from mimi_min import (TRANSFORMER_NAMES, Attention, Mimi, MimiConfig, Transformer, TransformerLayer, build,
+                      captured, check_official, check_sizes, init_state, load_mimi, load_weights,
                       open_regular, read_json, reset_state, save_mimi, save_weights)
 
 NO_INPUT = -1  # a token that adds nothing: the zero vector
@@ -300,8 +300,8 @@ class MoshiGen:
              audio: Tensor | None = None) -> Tensor | None:
         """The user's codes [B, n_q - dep_q, 1] -> tokens [B, 1 + dep_q, 1], text first, or None at the start.
         A frame is whole max(delays) steps after its first token. `text` [B] and `audio` [B, dep_q] force the
-        tokens of this step (delayed time), -2: sample this one. Random numbers are drawn all the same. A text
-        token of -2 comes back if logits are not finite."""
+        tokens of this step (delayed time), -2: sample this one. Random numbers are drawn all the same.
+        Where logits are not finite, the text that comes back is -2."""
         expected = [len(self.cache), 1 + self.config.n_q - self.own, 1]
         if list(user_codes.shape) != expected:
             raise ValueError(f"a step takes user codes {expected}, not {list(user_codes.shape)}")
@@ -493,10 +493,10 @@ def check_settings(config: dict) -> dict:
         name = config.get(key, "")
         path = PureWindowsPath(name if isinstance(name, str) else "/")  # knows / and \, drives too
         if path.anchor or ".." in path.parts or "\0" in name:
-            raise ValueError(f"config: {key} must be the name of a file in the folder, not {brief(name)}")
+            raise ValueError(f"config: {key} must be the name of a file in the folder, not {name!r}")
     sampling = config.get("lm_gen_config", {})
     if not isinstance(sampling, dict) or type(sampling.get("use_sampling", True)) is not bool:
-        raise ValueError(f"config: lm_gen_config cannot be {brief(sampling)}")
+        raise ValueError(f"config: lm_gen_config cannot be {sampling!r}")
     if unknown := sampling.keys() - {"temp", "temp_text", "top_k", "top_k_text", "use_sampling"}:
-        raise ValueError(f"config: lm_gen_config has the unknown key {brief(min(unknown))}")
+        raise ValueError(f"config: lm_gen_config has the unknown key {min(unknown)!r}")
     return config

@@ -283,10 +283,10 @@ class Case:
             [way for _, way in ways], [often for often, _ in ways], k=self.pick(1, 1, 1, 2, 3)
         )
         for way in chosen:
-            with contextlib.suppress(OSError, ValueError, KeyError, UnicodeError):  # spoilt twice
+            with contextlib.suppress(OSError, ValueError, KeyError, struct.error):
                 way()
 
-    # ---- running and judging ---------------------------------------------------------------------------------
+    # ---- running and judging -------------------------------------------------------------------------------
 
     def run(self, main, argv) -> list[str]:
         """Runs a program in this process; returns what did not hold."""

@@ -452,7 +452,7 @@ HEAD = "decoder.lm_head.weight"
 BAD = {  # what is done to a good folder -> what the line says
     "no folder": (lambda f: f.rename(f.with_name("away")), "there is no such folder"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
-    "config is no json": (lambda f: (f / "config.json").write_text("{"), "not a JSON file"),
+    "config is no json": (lambda f: (f / "config.json").write_text("{"), "config.json"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
     "other model": (lambda f: change_json(f / "config.json", model_type="llama"), "model_type 'llama'"),
     "other class": (

@@ -364,7 +364,7 @@ def test_half_a_file_is_read_with_a_warning(tmp_path, call, size):
 
 def test_a_short_format(tmp_path, call):
     (tmp_path / "x.wav").write_bytes(riff(b"RIFF", header()[:14], SHORTS.tobytes()))
-    one_line(*call("x.wav")[::2], "fmt", "14 bytes")
+    one_line(*call("x.wav")[::2], "fmt of 14 bytes")
 
 
 def test_floats_that_are_not_normalized(tmp_path, call):
