@@ -390,7 +390,8 @@ def load_checkpoint(folder: str | Path, device="cpu", dtype: torch.dtype | None 
         with open_regular(path, 2**27) as file:
             proto = file.read()
         try:
-            tokenizer = SentencePieceProcessor(model_proto=proto)
+            tokenizer = SentencePieceProcessor()
+            tokenizer.LoadFromSerializedProto(proto)
             tokenizer.id_to_piece(list(range(tokenizer.vocab_size())))  # an error where one isn't UTF-8
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{path}: not a SentencePiece model ({error})") from None

@@ -18,6 +18,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import struct
 import sys
 import tempfile
@@ -294,8 +295,9 @@ class Case:
         began = time.monotonic()
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            with native() as printed, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 try:
+                    signal.alarm(2 * SECONDS)
                     code = main(argv)
                 except SystemExit as stop:
                     code = stop.code
@@ -303,7 +305,11 @@ class Case:
                     if isinstance(error, KeyboardInterrupt):
                         raise
                     return ["traceback: " + "".join(traceback.format_exception(error)[-3:])]
+                finally:
+                    signal.alarm(0)
         lines = [line for line in err.getvalue().splitlines() if ": warning: " not in line]
+        if printed:
+            found.append(f"a library prints: {printed[0][:200]}")
         if warned:
             found.append(f"a library warns: {warned[0].message}")
         if code not in (0, 2):
@@ -338,6 +344,27 @@ class Case:
         if private.exists() and private.stat().st_mode & 0o777 != 0o600:
             found.append("what was private is no more")
         return found
+
+
+def hang(*_) -> None:
+    """What the alarm does: an error that nothing catches."""
+    raise AssertionError("it hangs")
+
+
+@contextlib.contextmanager
+def native():
+    """A list of what libraries print to standard error past Python."""
+    printed: list[bytes] = []
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield printed
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            printed += [content for content in [file.read()] if content]
 
 
 def contents(path: Path) -> bytes:
@@ -417,6 +444,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", type=int, help="the one case of this number")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGALRM, hang)
     began, findings = time.monotonic(), 0
     counts = {"converter": 0, "program": 0}
     seeds = [args.only] if args.only is not None else [args.seed * 10**7 + number for number in range(args.n)]
