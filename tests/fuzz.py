@@ -114,6 +114,7 @@ class Case:
 
     def wav(self) -> None:
         """A header of odd numbers around some sound, in chunks of odd order."""
+        contents(self.question)
         rng, pick = self.rng, self.pick
         bits, channels = pick(8, 16, 24, 32, 64, 0, 12, 20, 65535), pick(1, 1, 2, 6, 0, 65535)
         form, rate = pick(1, 1, 3, 0xFFFE, 2, 6), pick(24000, 44100, 8000, 500, 0, 2**32 - 1, 1_000_000)
@@ -211,6 +212,7 @@ class Case:
 
     def kind_of(self, path: Path) -> None:
         """Something else in the place of a file."""
+        contents(path)
         path.unlink()
         how = self.rng.randrange(7)
         if how == 0:
