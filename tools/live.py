@@ -19,7 +19,7 @@ import queue
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from files import plain
 from generate import TINY, SoundWriter, converse
 from moshi_min import NO_INPUT, TOKENIZER_FILE, UNGENERATED, MoshiGen, captured, load_checkpoint
 
@@ -73,18 +74,18 @@ class Model:
 class Talk:
     """A conversation. `listen` and `wish` belong to the server's thread, the rest to the model's."""
 
-    def __init__(self, model: Model, send: Callable[[bytes], None]):
-        self.model, self.send, self.received = model, send, 0
+    def __init__(self, model: Model, socket: web.WebSocketResponse):
+        self.model, self.socket, self.loop, self.received = model, socket, asyncio.get_running_loop(), 0
         self.waiting: queue.SimpleQueue = queue.SimpleQueue()  # (number, frame); None ends the conversation
         self.wishes = {"temp": model.gen.temp, "temp_text": model.gen.temp_text, "codebooks": 99, "silent": 0}
         self.to_say: deque[int] = deque(maxlen=1000)  # text tokens
         self.all_heard, self.all_said, self.sounds = [], [], []  # the run, to be saved
 
-    async def listen(self, socket: web.WebSocketResponse) -> tuple[int, bytes]:
+    async def listen(self) -> tuple[int, bytes]:
         """Takes what the page sends until it goes or breaks a rule. Returns what to close with."""
         mimi, left, before = self.model.mimi, float(BURST), time.monotonic()
         try:
-            async for message in socket:
+            async for message in self.socket:
                 now = time.monotonic()
                 left, before = min(BURST, left + (now - before) * PACE * mimi.frame_rate) - 1, now
                 if left < 0:
@@ -136,7 +137,8 @@ class Talk:
 
     def run(self) -> None:
         """Talks until the page goes, or for as long as a conversation may last."""
-        gen, chances = self.model.gen, deque([[]] * self.model.gen.max_delay)
+        gen = self.model.gen
+        chances = deque([[]] * (gen.max_delay - gen.config.delays[0]))  # of the text that is not out yet
         gen.reset()
         for heard, said, sound in converse(self.model.mimi, gen, self.frames(), self.change, self.texts()):
             own = [NO_INPUT] * gen.own if said is None else said[0, :, 0].tolist()
@@ -146,12 +148,13 @@ class Talk:
                 continue
             self.all_heard.append(heard[0, :, 0].tolist())
             self.sounds.append((self.frame, None if sound is None else sound[0, 0].cpu()))
-            chances.append(self.model.likeliest())  # of a token that comes out when the longest delay is over
+            chances.append(self.model.likeliest())
             result = {"number": self.number, "codes": own + self.all_heard[-1], "chances": chances.popleft()}
             result["ms"] = round(1000 * (time.monotonic() - self.came), 1)
             head = json.dumps(result).encode()
             pcm = b"" if sound is None else (32767 * sound.clamp(-1, 1)).short().cpu().numpy().tobytes()
-            self.send(len(head).to_bytes(4, "little") + head + pcm)
+            message = self.socket.send_bytes(len(head).to_bytes(4, "little") + head + pcm)
+            asyncio.run_coroutine_threadsafe(message, self.loop).result(PATIENCE)
 
     def save(self, name: str) -> bytes:
         """The run so far: the codes as `generate.py --tokens` has them, or the sound as `--stereo` has it."""
@@ -206,14 +209,9 @@ class Server:
         if self.turn.locked():
             await socket.close(code=WSCloseCode.TRY_AGAIN_LATER, message=b"somebody else is talking to it")
             return socket
-        loop = asyncio.get_running_loop()
-
-        def send(message: bytes) -> None:  # in the model's thread; a page that doesn't read holds that up
-            asyncio.run_coroutine_threadsafe(socket.send_bytes(message), loop).result(PATIENCE)
-
         async with self.turn:
-            self.talk = talk = Talk(self.model, send)
-            thread, page = map(asyncio.create_task, (asyncio.to_thread(talk.run), talk.listen(socket)))
+            self.talk = talk = Talk(self.model, socket)
+            thread, page = map(asyncio.create_task, (asyncio.to_thread(talk.run), talk.listen()))
             await asyncio.wait((thread, page), return_when=asyncio.FIRST_COMPLETED)
             code, reason = page.result() if page.done() else (WSCloseCode.GOING_AWAY, b"the model stopped")
             await socket.close(code=code, message=reason, drain=False)
@@ -227,8 +225,7 @@ async def only_from_here(request: web.Request, handler) -> web.StreamResponse:
     """Serves its own page alone. A script of another site has another Origin, which a browser names with
     every WebSocket; a name that was made to point to this machine is another Host."""
     allowed = [f"http://{request.host}"] + [None] * (request.path != "/talk")
-    here = request.url.host in ("localhost", "127.0.0.1", "::1")
-    if not here or request.headers.get("Origin") not in allowed:
+    if request.url.host not in ("localhost", "127.0.0.1") or request.headers.get("Origin") not in allowed:
         raise web.HTTPForbidden(text="this page is for this machine alone")
     return await handler(request)
 
@@ -244,8 +241,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         server = Server(args.checkpoint, args.device, args.history)
         web.run_app(server.app, host="127.0.0.1", port=args.port, access_log=None, shutdown_timeout=2)
-    except (OSError, ValueError) as error:
-        sys.exit(f"live.py: error: {error}")
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"live.py: error: {plain(error)}")
 
 
 if __name__ == "__main__":
