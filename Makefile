@@ -1,4 +1,5 @@
 # make demo   a virtual environment, the packages, and `python generate.py`
+# make live   the same and a web server, then the page to talk to it: http://localhost:8017
 # make test   the same environment plus the reference implementations, then `make lint` and the tests
 # make cuda   on a machine with a GPU: the environment of `make test`, then all that a GPU can show, as one table
 #             (some of it: make cuda ARGS="--only tests,steps"; another torch: see "On a GPU" in README.md)
@@ -12,9 +13,12 @@ PIP := $(PY) -m pip install --disable-pip-version-check
 # installed last and without its dependencies, which requirements-test.txt names.
 MOSHI := moshi==0.2.13 'sphn<0.3'
 
-.PHONY: demo test cuda lint clean
+.PHONY: demo live test cuda lint clean
 demo: $(VENV)/.run-installed
 	$(PY) generate.py
+
+live: $(VENV)/.live-installed
+	$(PY) tools/live.py $(ARGS)
 
 test: lint
 	$(PY) -m pytest -q
@@ -34,8 +38,12 @@ $(VENV)/.run-installed: requirements.txt | $(PY)
 	$(PIP) -r requirements.txt
 	touch $@
 
+$(VENV)/.live-installed: requirements-live.txt $(VENV)/.run-installed
+	$(PIP) -r requirements-live.txt -c requirements.txt
+	touch $@
+
 # requirements.txt is named again as a constraint, so that nothing moves what it pins.
-$(VENV)/.test-installed: requirements-test.txt $(VENV)/.run-installed
+$(VENV)/.test-installed: requirements-test.txt requirements-live.txt $(VENV)/.run-installed
 	$(PIP) -r requirements-test.txt -c requirements.txt
 	$(PIP) --no-deps $(MOSHI)
 	touch $@

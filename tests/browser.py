@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import wave
 from pathlib import Path
 
 import aiohttp
@@ -21,16 +22,21 @@ FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run -
 
 
 class Browser:
-    """`async with Browser(wav) as browser`: one page, whose microphone hears the WAV once."""
+    """`async with Browser(path) as browser`: one page, whose microphone hears this WAV once, then silence."""
 
     def __init__(self, microphone: Path):
-        self.flags = [*FLAGS, f"--use-file-for-fake-audio-capture={microphone}%noloop"]
-        self.number, self.problems = 0, []  # problems: what the page has thrown, or could not load
+        self.microphone, self.number = microphone, 0
+        self.problems: list[dict] = []  # what the page has thrown, or could not load
 
     async def __aenter__(self):
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        command = [CHROMIUM, *self.flags, f"--user-data-dir={self.folder.name}", "about:blank"]
-        # Where there is no sound, it plays into nothing.
+        heard = Path(self.folder.name) / "heard.wav"
+        with wave.open(str(self.microphone)) as old, wave.open(str(heard), "wb") as new:
+            new.setparams(old.getparams())
+            # At the end it would go on with the last 10 ms for ever, so there is a minute of silence.
+            new.writeframes(old.readframes(old.getnframes()) + bytes(60 * old.getframerate() * 2))
+        flags = [f"--use-file-for-fake-audio-capture={heard}%noloop", f"--user-data-dir={self.folder.name}"]
+        command = [CHROMIUM, *FLAGS, *flags, "about:blank"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.session = aiohttp.ClientSession()
         port, deadline = Path(self.folder.name) / "DevToolsActivePort", time.monotonic() + 60
@@ -63,7 +69,9 @@ class Browser:
             if message.get("id") == self.number:
                 assert "error" not in message, message
                 return message["result"]
-            if message.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+            if message.get("method") == "Runtime.exceptionThrown":
+                self.problems.append(message["params"])
+            if message.get("method") == "Log.entryAdded" and message["params"]["entry"]["level"] == "error":
                 self.problems.append(message["params"])
 
     async def run(self, code: str):
@@ -98,6 +106,7 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         await self.call("Emulation.setDeviceMetricsOverride", **size)
         await self.call("Emulation.setEmulatedMedia", features=[scheme])
+        await self.call("Emulation.setScrollbarsHidden", hidden=True)
         twice = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
         await self.run(twice)
         return base64.b64decode((await self.call("Page.captureScreenshot"))["data"])

@@ -77,9 +77,13 @@ class Visitor:
 
 @asynccontextmanager
 async def visit(server):
-    """The server, and a visitor of it."""
-    async with TestServer(server.app) as running, ClientSession() as session:
-        yield Visitor(session, f"http://127.0.0.1:{running.port}")
+    """The server, and a visitor of it. Whatever happens, the model's thread has an end."""
+    try:
+        async with TestServer(server.app) as running, ClientSession() as session:
+            yield Visitor(session, f"http://127.0.0.1:{running.port}")
+    finally:
+        if server.talk:
+            server.talk.waiting.put(None)
 
 
 async def closing(socket):
@@ -559,9 +563,9 @@ def browsing():
 
     def run(scenario, server):
         async def go():
-            async with TestServer(server.app) as running, Browser(TINY / "question.wav") as browser:
-                await browser.open(f"http://127.0.0.1:{running.port}/")
-                await scenario(browser, f"http://127.0.0.1:{running.port}/")
+            async with visit(server) as visitor, Browser(TINY / "question.wav") as browser:
+                await browser.open(visitor.address)
+                await scenario(browser, visitor)
                 assert not browser.problems
 
         asyncio.run(go())
@@ -574,7 +578,8 @@ def test_one_asks_by_microphone(server, browsing):
     the page, 17 rows are painted, a voice is played."""
 
     async def scenario(browser, _):
-        await browser.run("$('source').value = 'microphone'; $('source').onchange(); $('start').focus()")
+        await browser.run("$('source').value = 'microphone'; $('source').onchange()")
+        await browser.run("$('headphones').checked = true; $('start').focus()")
         await browser.press("Enter")
         assert await browser.until("socket && running"), await browser.run("$('alert').textContent")
         await browser.run(LISTEN)
@@ -599,7 +604,7 @@ def test_one_asks_by_microphone(server, browsing):
 def test_one_steps_looks_back_and_opens_the_run(server, browsing, tmp_path):
     """A recording frame by frame, words forced, ears closed; saved, and opened again without a model."""
 
-    async def scenario(browser, address):
+    async def scenario(browser, visitor):
         await browser.run("$('source').value = 'question.wav'; $('source').onchange()")
         await browser.run("$('sentence').value = 'i can add'; $('deaf').click()")
         for number in range(1, 19):
@@ -620,10 +625,8 @@ def test_one_steps_looks_back_and_opens_the_run(server, browsing, tmp_path):
         await browser.press("End")
         assert await browser.run("looking") is None
         assert await browser.run("$('chances').children.length") == 5
-        async with ClientSession() as session:
-            for name in ("run.npz", "run.wav"):
-                async with session.get(address + name) as answer:
-                    (tmp_path / name).write_bytes(await answer.read())
+        for name in ("run.npz", "run.wav"):
+            (tmp_path / name).write_bytes((await visitor.get(f"/{name}"))[1])
         for width, height, dark in ((1200, 900, True), (360, 740, False)):
             await browser.look(width, height, dark)
             assert await browser.run("document.documentElement.scrollWidth <= innerWidth"), width
@@ -632,8 +635,8 @@ def test_one_steps_looks_back_and_opens_the_run(server, browsing, tmp_path):
         await free(server)
 
         saved = live.Server(TINY, history=[tmp_path / "run.npz", tmp_path / "run.wav"])
-        async with TestServer(saved.app) as running:
-            await browser.open(f"http://127.0.0.1:{running.port}/")
+        async with visit(saved) as visitor:
+            await browser.open(visitor.address)
             again = await browser.run("run.map(({codes, levels}) => ({codes, levels}))")
             assert [column["codes"] for column in again] == [column["codes"] for column in run]
             levels = np.array([[column["levels"] for column in columns] for columns in (run, again)])
