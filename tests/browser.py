@@ -121,8 +121,8 @@ async def take_pictures(folder: Path) -> None:
         await browser.until("$('words').textContent.includes('nine') && run.length > 120", 60)
         await browser.run("pause(); look(run.findIndex(column => column.word === ' eight') - 1)")
         for name, *size in (
-            ("page", 1200, 1040),
-            ("page-dark", 1200, 1040, True),
+            ("page", 1200, 1060),
+            ("page-dark", 1200, 1060, True),
             ("page-narrow", 390, 844, False, 2),
         ):
             (folder / f"{name}.png").write_bytes(await browser.look(*size))
