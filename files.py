@@ -343,7 +343,11 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     for ending in endings:
         signal.signal(ending, stop)
     try:
-        sys.exit(main())
+        code = main()
+        signals.append(0)  # it is over
+        sys.exit(code)
+    except KeyboardInterrupt:  # while `main` told of something else
+        sys.exit(128 + signals[0])
     finally:
         for ending in endings:
             signal.signal(ending, signal.SIG_IGN)

@@ -1,5 +1,6 @@
 """Whatever comes in, and however it ends: in real processes where streams, signals and folders are real."""
 
+import itertools
 import json
 import os
 import random
@@ -111,7 +112,7 @@ def test_signals_keep_a_whole_file(tmp_path, ending):
         while not any(path.stat().st_size >= 44 + 5 * 3840 for path in tmp_path.glob("*.part")):
             time.sleep(0.01)
         process.send_signal(ending)
-        assert process.wait(30) == ENDINGS[ending]
+        assert process.wait(120) == ENDINGS[ending]
         quiet(process.stderr.read().decode())
     assert len(parse((tmp_path / "a.wav").read_bytes())) == 5 * 1920
     assert np.load(tmp_path / "run.npz")["codes"].shape == (17, 5)
@@ -131,7 +132,7 @@ def test_signals_at_random_moments(tmp_path, seed):
         for _ in range(rng.choice([1, 5])):
             process.send_signal(ending)
             time.sleep(0.01)
-        assert process.wait(30) in (0, ENDINGS[ending])
+        assert process.wait(120) in (0, ENDINGS[ending])
         quiet(process.stderr.read().decode())
     left = set(os.listdir(tmp_path)) - {"q.wav"}
     assert left <= {"a.wav"}, left
@@ -286,7 +287,7 @@ def test_help_that_nobody_reads(tmp_path):
     os.close(reader)
     with start(tmp_path, "--help", stdout=writer) as process:
         os.close(writer)
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
         quiet(process.stderr.read().decode())
 
 
@@ -431,8 +432,30 @@ def test_a_pipe_that_has_nothing_yet(tmp_path):
             time.sleep(1.5 if piece is RAW[:3840] else 0.2)
             os.write(writer, piece)
         os.close(writer)
-        assert process.wait(30) == 0, process.stderr.read()
+        assert process.wait(120) == 0, process.stderr.read()
     assert len(parse((tmp_path / "a.wav").read_bytes())) == 2 * 1920
+
+
+def test_a_sound_of_one_byte_is_none(tmp_path):
+    code, _, err = run(tmp_path, "-", "-o", "a.wav", stdin=b"x")
+    one_line(code, err, "no sound on standard input")
+    assert not os.listdir(tmp_path)
+
+
+def test_an_error_does_not_break_into_the_words(call, question, monkeypatch):
+    """What goes wrong in the middle of a conversation is told on a line of its own."""
+    real, words = generate.converse, itertools.count()
+
+    def speaking(*given):
+        for heard, said, sound in real(*given):
+            if said is not None:
+                said[0, 0] = -2 if next(words) else 300  # a word, then numbers that are not finite
+            yield heard, said, sound
+
+    monkeypatch.setattr(generate, "converse", speaking)
+    code, out, err = call(question)
+    one_line(code, err, "not finite")
+    assert len(out) > 1 and out.endswith("\n") and out.count("\n") == 1
 
 
 def test_progress_does_not_break_into_the_words(tmp_path, question, monkeypatch):
@@ -441,16 +464,21 @@ def test_progress_does_not_break_into_the_words(tmp_path, question, monkeypatch)
         "import sys, time, itertools, generate; time.monotonic = itertools.count(0, 6).__next__;"
         "sys.exit(generate.main(sys.argv[1:]))"
     )
-    for merged in (True, False):
+    cases = [  # streams that are one, and streams that are two; with -o - the words go where progress does
+        (["-o", "a.wav"], subprocess.STDOUT, 1),
+        (["-o", "a.wav"], subprocess.PIPE, 5),
+        (["-o", "-"], subprocess.PIPE, 1),
+    ]
+    for options, stderr, lines in cases:
         done = subprocess.run(
-            [sys.executable, "-c", script, question, "-o", "a.wav", *map(str, QUICK)],
+            [sys.executable, "-c", script, question, *options, *map(str, QUICK)],
             cwd=tmp_path,
             env={**BUFFERED, "PYTHONPATH": str(TINY.parent)},
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT if merged else subprocess.PIPE,
+            stderr=stderr,
         )
-        assert (b"s, " in done.stdout + (done.stderr or b"")) and done.returncode == 0
-        assert (done.stdout + (done.stderr or b"")).count(b"times real time") == (1 if merged else 5)
+        assert done.returncode == 0, done.stderr
+        assert (done.stdout + (done.stderr or b"")).count(b"times real time") == lines
 
 
 MEMORY = """
