@@ -365,6 +365,16 @@ def test_half_a_file_is_read_with_a_warning(tmp_path, call, size):
     assert len(generate.read_wav(Path("x.wav"))[0]) == len(SHORTS)
 
 
+def test_a_gigabyte_of_zeros(tmp_path, call):
+    """They could be taken for a hundred million empty chunks."""
+    with open(tmp_path / "x.wav", "wb") as file:
+        file.write(b"RIFF\0\0\0\0WAVE")
+        file.truncate(2**30)
+    began = time.process_time()
+    one_line(*call("x.wav")[::2], "x.wav ends before its sound begins")
+    assert time.process_time() - began < 5
+
+
 def test_a_short_format(tmp_path, call):
     (tmp_path / "x.wav").write_bytes(riff(b"RIFF", header()[:14], SHORTS.tobytes()))
     one_line(*call("x.wav")[::2], "fmt of 14 bytes")
@@ -545,7 +555,7 @@ def folder(tmp_path):
 
 
 SAID = {  # where it is the weights that contradict
-    "{'num_layers': 1000}": "missing",
+    "{'num_layers': 200}": "missing",
     "{'dim': 524288, 'hidden_scale': 524288.0}": "shape",
     "{'frame_rate': 1e-09}": "shape",
 }
@@ -557,7 +567,8 @@ SAID = {  # where it is the weights that contradict
         ("config.json", {"num_layers": 10**6}),
         ("config.json", {"depformer_num_layers": 10**6}),
         ("config.json", {"n_q": 10**6, "dep_q": 10**6 - 8}),
-        ("config.json", {"num_layers": 1000}),
+        ("config.json", {"num_layers": 200}),
+        ("config.json", {"context": 2**20 - 1}),
         ("config.json", {"dim": 2**19, "hidden_scale": 2.0**19}),
         ("config.json", {"delays": [0] * 16 + [10**6]}),
         ("config.json", {"hidden_scale": "4", "depformer_dim_feedforward": 0}),
@@ -578,10 +589,10 @@ def test_sizes_and_values_that_cannot_be(call, folder, question, name, changes, 
     """At once, by the file's name, in a short line of printable characters."""
     path = folder / name
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    began = time.monotonic()
+    began = time.process_time()
     code, _, err = call(question, folder=folder)
     one_line(code, err, SAID.get(str(changes), str(path)))
-    assert err.strip().isprintable() and time.monotonic() - began < 20 and not list(recwarn)
+    assert err.strip().isprintable() and time.process_time() - began < 10 and not list(recwarn)
 
 
 @pytest.mark.parametrize(
