@@ -78,12 +78,12 @@ class Visitor:
 @asynccontextmanager
 async def visit(server):
     """The server, and a visitor of it. Whatever happens, the model's thread has an end."""
-    try:
-        async with TestServer(server.app) as running, ClientSession() as session:
+    async with TestServer(server.app) as running, ClientSession() as session:
+        try:
             yield Visitor(session, f"http://127.0.0.1:{running.port}")
-    finally:
-        if server.talk:
-            server.talk.waiting.put(None)
+        finally:
+            if server.talk:
+                server.talk.waiting.put(None)
 
 
 async def closing(socket):
