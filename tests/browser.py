@@ -114,9 +114,8 @@ class Browser:
 
 async def take_pictures(folder: Path) -> None:
     """The page while it counts: page.png, page-dark.png and page-narrow.png."""
-    server = live.Server(live.TINY)
-    async with TestServer(server.app) as running, Browser(live.TINY / "question.wav") as browser:
-        await browser.open(f"http://127.0.0.1:{running.port}/")
+    async with visit(live.Server(TINY)) as visitor, Browser(TINY / "question.wav") as browser:
+        await browser.open(visitor.address)
         await browser.run("$('source').value = 'count.wav'; $('source').onchange(); $('start').click()")
         await browser.until("$('words').textContent.includes('nine') && run.length > 120", 60)
         await browser.run("pause(); look(run.findIndex(column => column.word === ' eight') - 1)")
@@ -131,6 +130,6 @@ async def take_pictures(folder: Path) -> None:
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
     import live
-    from aiohttp.test_utils import TestServer
+    from test_live import TINY, visit
 
     asyncio.run(take_pictures(Path(sys.argv[1])))

@@ -20,7 +20,6 @@ from recorder import PaperGraph, record
 pytest.importorskip("aiohttp", reason="pip install -r requirements-live.txt")
 import live  # noqa: E402
 from aiohttp import ClientSession, WSMessage, WSMsgType, WSServerHandshakeError  # noqa: E402
-from aiohttp.test_utils import TestServer  # noqa: E402
 from browser import CHROMIUM, Browser  # noqa: E402
 
 from generate import converse, read_wav  # noqa: E402
@@ -78,12 +77,17 @@ class Visitor:
 @asynccontextmanager
 async def visit(server):
     """The server, and a visitor of it. Whatever happens, the model's thread has an end."""
-    async with TestServer(server.app) as running, ClientSession() as session:
-        try:
-            yield Visitor(session, f"http://127.0.0.1:{running.port}")
-        finally:
-            if server.talk:
-                server.talk.waiting.put(None)
+    # As the program runs it. aiohttp's own TestServer would end a conversation's handler by itself.
+    runner = live.web.AppRunner(server.app, shutdown_timeout=2)
+    await runner.setup()
+    try:
+        await live.web.TCPSite(runner, "127.0.0.1", 0).start()
+        async with ClientSession() as session:
+            yield Visitor(session, f"http://127.0.0.1:{runner.addresses[0][1]}")
+    finally:
+        if server.talk:
+            server.talk.waiting.put(None)
+        await runner.cleanup()
 
 
 async def closing(socket):
