@@ -487,7 +487,7 @@ def test_a_graph_copies_what_is_watched(model, monkeypatch):
 
         async def scenario(watched=watched, steps=steps):
             talk = live.Talk(watched, None)
-            talk.wishes["temp"] = 0.7  # the first capture is the page's own
+            watched.gen._run = live.captured(watched.gen._step)
             frames = talk.frames()
             for number, frame in enumerate(frames_of(extra=0)[:12]):
                 talk.wishes["temp_text"] = 0.4 if number < 8 else 0.0
