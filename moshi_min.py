@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
-from files import open_regular, read_json
+from files import WeightFile, open_regular, read_json, to_int8
 from mimi_min import (TRANSFORMER_NAMES, Attention, Mimi, MimiConfig, Transformer, TransformerLayer, build,
                       check_official, check_sizes, init_state, load_mimi, load_weights, reset_state,
                       save_mimi, save_weights)
@@ -270,10 +270,8 @@ class Int8Linear(nn.Module):
     packed_up_to = 16  # rows of x: for more it is faster to turn the weights into floats first
     def __init__(self, weight: Tensor):
         super().__init__()
-        half = weight.half()  # as the released files were made
-        largest = half.abs().amax(dim=-1).float()
-        whole = (half * (127 / largest.clamp(min=1e-9))[..., None]).round()
-        self.register_buffer("weight", whole.to(torch.int8))
+        whole, largest = to_int8(weight)
+        self.register_buffer("weight", whole)
         self.register_buffer("weight_scb", largest)  # [D_out], what 127 stands for; [K, D_out] for codebooks
 
     def forward(self, x: Tensor, codebooks: slice = slice(None)) -> Tensor:
@@ -449,11 +447,12 @@ class MoshiGen:
 # ------------------------------------------------------------------------------------------------ checkpoints
 MOSHI_FILE, MIMI_FILE = "model.safetensors", "tokenizer-e351c8d8-checkpoint125.safetensors"
 TOKENIZER_FILE, MIMI_CONFIG_FILE = "tokenizer_spm_32k_3.model", "mimi_config.json"
+ADAPTERS = "holds LoRA adapters; add them to their base: python tools/convert.py FOLDER OUT"
 
 class Checkpoint(NamedTuple):
     """A whole checkpoint folder."""
     moshi: Moshi
-    mimi: Mimi
+    mimi: Mimi | None  # None where there is no sound, in a text model
     tokenizer: SentencePieceProcessor | None  # None where the folder has none
     config: dict  # what config.json says, `lm_gen_config` (sampling) and `stt_config` (silences) among it
 
@@ -466,11 +465,15 @@ def load_checkpoint(folder: str | Path, device="cpu", dtype: torch.dtype | None 
         moshi_config = read_json(folder / "config.json", MoshiConfig.from_dict)
     if config.get("mimi_config_name"):
         mimi_config = read_json(folder / config["mimi_config_name"], MimiConfig.from_dict)
-    if moshi_config.card != mimi_config.bins:
-        raise ValueError(f"config: card {moshi_config.card}, but Mimi has {mimi_config.bins} tokens")
+    adapters = [folder / str(name) for name in (config.get("lora_name"), "lora.safetensors")]
+    if config.get("lora") and any(path.is_file() for path in adapters):
+        raise ValueError(f"{folder} {ADAPTERS}")
     dtype = dtype or (torch.float32 if moshi_config.dim <= 1024 else torch.bfloat16)
-    codebooks = max(moshi_config.dep_q, moshi_config.n_q - moshi_config.dep_q)
-    mimi = load_mimi(folder / config.get("mimi_name", MIMI_FILE), mimi_config, codebooks, device)
+    mimi, codebooks = None, max(moshi_config.dep_q, moshi_config.n_q - moshi_config.dep_q)
+    if codebooks:
+        if moshi_config.card != mimi_config.bins:
+            raise ValueError(f"config: card {moshi_config.card}, but Mimi has {mimi_config.bins} tokens")
+        mimi = load_mimi(folder / config.get("mimi_name", MIMI_FILE), mimi_config, codebooks, device)
     moshi = load_moshi(folder / config.get("moshi_name", MOSHI_FILE), moshi_config, device, dtype)
     tokenizer, path = None, folder / config.get("tokenizer_name", TOKENIZER_FILE)
     if "tokenizer_name" in config or path.exists():
@@ -489,21 +492,28 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> None:
     `lm_gen_config` and what else `config.json` may say from `checkpoint.config`."""
     folder, (moshi, mimi, tokenizer, config) = Path(folder), checkpoint
     folder.mkdir(parents=True, exist_ok=True)
+    int8 = any(isinstance(part, Int8Linear) for part in moshi.modules())
+    config = {**config, **moshi.config.to_dict(), "moshi_name": MOSHI_FILE, "quantize": int8, "lora": False}
+    for name in ("tokenizer_name", "lora_name"):  # the tokenizer has the usual one, if it is there
+        config.pop(name, None)
     save_moshi(moshi, folder / MOSHI_FILE)
-    save_mimi(mimi, folder / MIMI_FILE)
-    names = {"moshi_name": MOSHI_FILE, "mimi_name": MIMI_FILE, "mimi_config_name": MIMI_CONFIG_FILE}
-    config = {**config, **moshi.config.to_dict(), **names}
-    config.pop("tokenizer_name", None)  # it has the usual one, if it is there
+    if mimi is not None:
+        save_mimi(mimi, folder / MIMI_FILE)
+        (folder / MIMI_CONFIG_FILE).write_text(json.dumps(mimi.config.to_dict(), indent=1) + "\n")
+        config |= {"mimi_name": MIMI_FILE, "mimi_config_name": MIMI_CONFIG_FILE}
     if tokenizer is not None:
         (folder / TOKENIZER_FILE).write_bytes(tokenizer.serialized_model_proto())
-    for name, content in (("config.json", config), (MIMI_CONFIG_FILE, mimi.config.to_dict())):
-        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 def load_moshi(path: str | Path, config: MoshiConfig | None = None, device="cpu",
                dtype: torch.dtype | None = torch.bfloat16) -> Moshi:
-    """Moshi from an official SafeTensors file; `config` None is the released 7B, `dtype` None the file's."""
+    """Moshi from an official SafeTensors file; `config` None is the released 7B, `dtype` None the file's.
+    A file of int8 opens as such. torch.int8 quantizes one of floats, and what stays floats is bfloat16."""
     moshi = build(Moshi, config or MoshiConfig(), path)
-    load_weights(moshi, path, MOSHI_NAMES, device, dtype)
+    file = WeightFile(path, device, dtype)
+    if any(".lora_" in name for name in file.unused):
+        raise ValueError(f"{path} {ADAPTERS}")
+    load_weights(quantize(moshi) if file.int8 else moshi, file, MOSHI_NAMES)
     return moshi.eval()
 
 def save_moshi(moshi: Moshi, path: str | Path) -> None:
@@ -579,6 +589,8 @@ def check_settings(config: dict) -> dict:
     says what it may."""
     for key in ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name"):
         name = config.get(key, "")
+        if isinstance(name, str) and name.startswith("hf://"):  # hf://owner/repository/file
+            config[key] = name = name.rpartition("/")[2]
         path = PureWindowsPath(name if isinstance(name, str) else "/")  # knows / and \, drives too
         if path.anchor or ".." in path.parts or "\0" in name:
             raise ValueError(f"config: {key} must be the name of a file in the folder, not {name!r}")
