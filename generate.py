@@ -266,7 +266,7 @@ def settle(args: argparse.Namespace, sizes: MoshiConfig, config: dict) -> None:
     if args.output is None and voice:
         args.output = "answer.wav"
         check_files(args)
-    more = args.extra_seconds is None and "audio_delay_seconds" in config.get("stt_config", ())
+    more = args.extra_seconds is None and not voice  # a second more than the delay, as officially
     if args.question == "-" and args.lead_seconds is None:
         args.lead_seconds = 0  # live, silence first would stay as lag
     for name, _, reader, section, key, default in SETTINGS:
@@ -277,7 +277,7 @@ def settle(args: argparse.Namespace, sizes: MoshiConfig, config: dict) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.greedy |= not config.get("lm_gen_config", {}).get("use_sampling", True)
-    args.extra_seconds += more  # a second more than the delay, as officially
+    args.extra_seconds += more
     args.late = args.lead_seconds + config.get("stt_config", {}).get("audio_delay_seconds", 0)
 
 # ------------------------------------------------------------------------------------------------------ sound
