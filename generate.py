@@ -140,7 +140,7 @@ def write_on(gen: MoshiGen, tokenizer, text: str) -> None:
         fail("--text says nothing, or the checkpoint has no tokenizer; give it one")
     codes = torch.tensor([[tokens]], device=gen.device)  # [1, 1, tokens]
     said, silence = gen.prefill(codes), codes[:, :0, :1]
-    while gen.steps < gen.config.context and said.item() != tokenizer.eos_id():
+    while gen.steps <= gen.config.context and said.item() != tokenizer.eos_id():
         screen.say(said.item())
         said = gen.step(silence)
     screen.end()
@@ -355,7 +355,7 @@ class Screen:
             self.end()
         if text := self.spell(token):
             show(self.utf8.decode(text), self.stream)
-        self.begun = bool(text) or self.begun and not paused
+        self.begun = not paused and (self.begun or bool(text))
 
     def end(self) -> None:
         """Ends the line, after a last character that is not whole."""
