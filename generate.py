@@ -7,25 +7,26 @@
 Without arguments it answers the question in `tiny/` with the checkpoint there. The function to read is
 `converse`, the loop. Below it stands the program around it, then what it needs of WAV files and terminals.
 """
-import argparse
-import array
-import codecs
-import contextlib
-import itertools
-import math
 import os
 import signal
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import NoReturn
 
 if __name__ == "__main__":  # while torch takes its second to load, a signal just ends it; see `run_program`
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         ending = getattr(signal, name, signal.SIGINT)  # Windows lacks one
         if signal.getsignal(ending) != signal.SIG_IGN:  # as under nohup
             signal.signal(ending, lambda number, _: os._exit(128 + number))
+
+import argparse
+import array
+import codecs
+import contextlib
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch

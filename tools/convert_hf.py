@@ -17,23 +17,24 @@ Every tensor keeps its dtype. They go through one by one, so that memory holds t
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
 import os
-import re
-import shutil
 import signal
-import sys
-import tempfile
-from pathlib import Path
-from typing import NamedTuple
 
 if __name__ == "__main__":  # while torch takes its second to load, there is nothing to lose or to clean up
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         ending = getattr(signal, name, signal.SIGINT)
         if signal.getsignal(ending) != signal.SIG_IGN:
             signal.signal(ending, lambda number, _: os._exit(128 + number))
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import re  # noqa: E402
+import shutil  # noqa: E402
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import NamedTuple  # noqa: E402
 
 import torch  # noqa: E402
 from safetensors import SafetensorError, safe_open  # noqa: E402
