@@ -176,7 +176,7 @@ def open_checkpoint(args: argparse.Namespace):
         fail(f"{error.filename}: {error.strerror}. It takes {files}; get the released ones with: hf download "
              "kyutai/moshiko-pytorch-bf16 --local-dir moshiko, then say --checkpoint moshiko")
     except ValueError as error:
-        fail(f"{error}; get the checkpoint again, or name another one")
+        fail(f"{error}; get it again or, if it has another format: python tools/convert.py FOLDER OUT")
 
 # ------------------------------------------------------------------------------------------- the command line
 def number(kind: type, low: int, high: float = 10**9) -> Callable[[str], float]:
@@ -207,8 +207,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("-o", "--output", help="WAV (default: answer.wav); '-': raw as above; words: .txt, .srt, .vtt")
     add("--checkpoint", type=Path, default=TINY, help="a folder in the official format (default: tiny/)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    dtypes = "auto", "float32", "bfloat16", "float16", "int8"
-    add("--dtype", choices=dtypes, default="auto", help="of Moshi")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16", "int8"), default="auto", help="Moshi's")
     add("--seed", type=number(int, 0), default=4242, help="the same one repeats a run (default: %(default)s)")
     add("--greedy", action="store_true", help="take the likeliest token everywhere")
     for name, what, reader, _, _, default in SETTINGS:

@@ -544,8 +544,7 @@ def take_ours(file: WeightFile, name: str, shape: torch.Size) -> Tensor:
 def load_weights(model: nn.Module, file: WeightFile, rules: list) -> None:
     """Fills `model`, built on the meta device, from a SafeTensors file; ValueError if that isn't its file.
     Where the model has int8 and the file floats, they are turned to int8, one tensor after another."""
-    weights: dict[str, Tensor] = {}
-    empty = model.state_dict()
+    weights, empty = {}, model.state_dict()
     for ours, name in official_names(model, rules).items():
         if ours in weights:  # scales, which were made with their weights
             continue
@@ -553,8 +552,7 @@ def load_weights(model: nn.Module, file: WeightFile, rules: list) -> None:
         if empty[ours].dtype == torch.int8 != tensor.dtype:
             weights[ours], weights[f"{ours}_scb"] = to_int8(tensor)
     if file.unused:
-        unknown = f"the tensor {min(file.unused)} is not known"
-        raise ValueError(f"{file.path}: {unknown}, does the config fit the file?")
+        raise ValueError(f"{file.path}: the tensor {min(file.unused)} is not known; does the config fit?")
     model.load_state_dict(weights, assign=True)
 
 def save_weights(model: nn.Module, path: str | Path, rules: list) -> None:

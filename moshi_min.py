@@ -447,7 +447,6 @@ class MoshiGen:
 # ------------------------------------------------------------------------------------------------ checkpoints
 MOSHI_FILE, MIMI_FILE = "model.safetensors", "tokenizer-e351c8d8-checkpoint125.safetensors"
 TOKENIZER_FILE, MIMI_CONFIG_FILE = "tokenizer_spm_32k_3.model", "mimi_config.json"
-ADAPTERS = "holds LoRA adapters; add them to their base: python tools/convert.py FOLDER OUT"
 
 class Checkpoint(NamedTuple):
     """A whole checkpoint folder."""
@@ -467,7 +466,7 @@ def load_checkpoint(folder: str | Path, device="cpu", dtype: torch.dtype | None 
         mimi_config = read_json(folder / config["mimi_config_name"], MimiConfig.from_dict)
     adapters = [folder / str(name) for name in (config.get("lora_name"), "lora.safetensors")]
     if config.get("lora") and any(path.is_file() for path in adapters):
-        raise ValueError(f"{folder} {ADAPTERS}")
+        raise ValueError(f"{folder} holds LoRA adapters; tools/convert.py adds them to their base")
     dtype = dtype or (torch.float32 if moshi_config.dim <= 1024 else torch.bfloat16)
     mimi, codebooks = None, max(moshi_config.dep_q, moshi_config.n_q - moshi_config.dep_q)
     if codebooks:
@@ -511,8 +510,6 @@ def load_moshi(path: str | Path, config: MoshiConfig | None = None, device="cpu"
     A file of int8 opens as such. torch.int8 quantizes one of floats, and what stays floats is bfloat16."""
     moshi = build(Moshi, config or MoshiConfig(), path)
     file = WeightFile(path, device, dtype)
-    if any(".lora_" in name for name in file.unused):
-        raise ValueError(f"{path} {ADAPTERS}")
     load_weights(quantize(moshi) if file.int8 else moshi, file, MOSHI_NAMES)
     return moshi.eval()
 

@@ -657,6 +657,7 @@ def test_int8_files(eight, tmp_path, name, old):
             for key, tensor in model.state_dict().items():
                 expected = quantized.state_dict()[key]
                 assert tensor.dtype == expected.dtype and torch.equal(tensor, expected), key
+                assert tensor.dtype != torch.int8 or tensor.data_ptr() % 16 == 0, "torch's kernel would crash"
         save_moshi(models[0], tmp_path / "again.safetensors")
         again, whole = load_file(tmp_path / "again.safetensors"), scaled(official)
         names = {**official.state_dict(), **{f"{key}_scb": scb for key, (_, scb) in whole.items()}}
