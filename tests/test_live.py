@@ -297,6 +297,33 @@ def test_other_delays(tmp_path, delays):
     assert (np.load(io.BytesIO(npz))["codes"] == expected).all()
 
 
+def test_a_recogniser(tmp_path):
+    """Speech to text: a row of text and the user's, pause heads, and no voice. A text model is refused."""
+    sizes = {"dep_q": 0, "n_q": 4, "delays": (0,) * 5, "extra_heads_num_heads": 4}
+    server = live.Server(make_random_checkpoint(tmp_path / "stt", **sizes))
+
+    async def scenario():
+        async with visit(server) as visitor:
+            socket = await visitor.talk()
+            answers = await visitor.say(socket, frames_of()[5:11])
+            saved = [(await visitor.get(name))[1] for name in ("/run.npz", "/run.wav")]
+            await socket.close()
+            return answers, saved
+
+    answers, (npz, wav) = asyncio.run(scenario())
+    assert server.facts["own"] == 1
+    assert all(len(about["codes"]) == 5 and not len(samples) for about, samples in answers)
+    pauses = np.array([about["pauses"] for about, _ in answers])
+    assert pauses.shape == (6, 4) and (0 < pauses).all() and (pauses < 1).all()
+    assert np.abs(np.diff(pauses, axis=0)).max(0).min() > 1e-4, "each frame's own"
+    assert np.load(io.BytesIO(npz))["codes"].shape == (5, 6)
+    stereo = np.frombuffer(wav[44:], "<i2").reshape(-1, 2)
+    assert np.abs(stereo[:, 0]).max() > 1000 and (stereo[:, 1] == 0).all()
+    sizes = {"dep_q": 0, "n_q": 0, "delays": (0,)}
+    with pytest.raises(ValueError, match="text model"):
+        live.Model(make_random_checkpoint(tmp_path / "text", **sizes), "cpu")
+
+
 @pytest.mark.parametrize(
     "message, code",
     [

@@ -46,6 +46,8 @@ class Model:
 
     def __init__(self, folder: Path, device: str):
         moshi, self.mimi, self.tokenizer, config = load_checkpoint(folder, device)
+        if self.mimi is None:
+            raise ValueError(f"{folder} holds a text model, which neither hears nor speaks; name another one")
         sampling = {"use_sampling": True, **config.get("lm_gen_config", {})}
         self.gen = MoshiGen(moshi, greedy=not sampling.pop("use_sampling"), **sampling)
         self.pads = moshi.config.existing_text_padding_id, moshi.config.existing_text_end_padding_id
@@ -142,15 +144,14 @@ class Talk:
         gen.reset()
         for heard, said, sound in converse(self.model.mimi, gen, self.frames(), self.change, self.texts()):
             own = [NO_INPUT] * gen.own if said is None else said[0, :, 0].tolist()
-            if said is not None:
-                self.all_said.append(own)
+            self.all_said += [own] if said is not None else []
             if heard is None:  # without any delay Moshi is ahead of the user: see `converse`
                 continue
             self.all_heard.append(heard[0, :, 0].tolist())
             self.sounds.append((self.frame, None if sound is None else sound[0, 0].cpu()))
             chances.append(self.model.likeliest())
             result = {"number": self.number, "codes": own + self.all_heard[-1], "chances": chances.popleft()}
-            result["ms"] = round(1000 * (time.monotonic() - self.came), 1)
+            result |= {"pauses": gen.pauses[0].tolist(), "ms": 1000 * (time.monotonic() - self.came)}
             head = json.dumps(result).encode()
             pcm = b"" if sound is None else (32767 * sound.clamp(-1, 1)).short().cpu().numpy().tobytes()
             message = self.socket.send_bytes(len(head).to_bytes(4, "little") + head + pcm)
