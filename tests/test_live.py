@@ -659,7 +659,7 @@ def test_one_steps_looks_back_and_opens_the_run(server, browsing, tmp_path):
         assert await browser.run("looking") == 5
         await browser.press("End")
         assert await browser.run("looking") is None
-        assert await browser.run("$('chances').children.length") == 5
+        assert await browser.until("$('chances').children.length === 5"), "it is drawn"
         for name in ("run.npz", "run.wav"):
             (tmp_path / name).write_bytes((await visitor.get(f"/{name}"))[1])
         for width, height, dark in ((1200, 900, True), (360, 740, False)):
