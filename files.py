@@ -206,7 +206,7 @@ def read_wav(path: str | Path) -> tuple[Tensor, int]:
         warn(f"{path} is cut off: {rest} of {size} bytes of sound are there, and read")
     if peak > 1.01:
         warn(f"{path} is louder than full scale, up to {peak:.3g}, and is cut to -1..1")
-    if np.abs(sound).max() < 1e-3:
+    if max(sound.max(), -sound.min()) < 1e-3:
         warn(f"{path} is as good as silent{' once its channels are mixed' if peak > 0.01 else ''}")
     return torch.from_numpy(sound), form.rate
 
