@@ -306,7 +306,6 @@ def test_tokens_are_kept_only_if_asked_for(call, question, monkeypatch):
 
 # ---- what is read is what was meant ------------------------------------------------------------------------
 
-ODD = Path(__file__).parent.parent / "shared" / "odd-wavs"
 SOUND = voice(0.5)
 
 
@@ -396,23 +395,6 @@ def test_silence_is_told(tmp_path, call, samples):
     code, _, err = call("x.wav", "-o", "a.wav")
     assert code == 0 and "warning: x.wav is as good as silent" in err
     assert ("mixed" in err) == (samples.ndim == 2)
-
-
-@pytest.mark.skipif(not ODD.is_dir(), reason="the recordings are not here")
-@pytest.mark.parametrize(
-    "name, said",
-    [
-        ("block_align_1", "block size of 1"),
-        ("arecord_1.2.8_S24_LE", ""),
-        ("rf64", ""),
-        ("size_counts_header", "cut off"),
-        ("stereo_inverted", "silent once its channels are mixed"),
-        ("float_not_normalized", "up to 32767"),
-    ],
-)
-def test_recordings_of_other_programs(name, said, call):
-    code, _, err = call(ODD / f"{name}.wav", "-o", "a.wav")
-    assert said in err and (code == 0) == (name not in ("block_align_1", "float_not_normalized"))
 
 
 @pytest.mark.parametrize("name", ["two  words.wav", "it's.wav", "a;b.wav", "$(x).wav", '"q".wav'])
