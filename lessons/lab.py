@@ -1,11 +1,13 @@
-"""What the experiments of LESSONS.md share: the tiny checkpoint, its recordings, the loop, two measures."""
+"""What the experiments of LESSONS.md share: the tiny checkpoint, its recordings, the loop, two measures, and
+how to break something and have it back."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from generate import converse, read_wav
 from moshi_min import UNGENERATED, Checkpoint, Moshi, MoshiConfig, MoshiGen, load_checkpoint
@@ -99,3 +101,27 @@ def distance(x: Tensor, y: Tensor) -> float:
         levels.append(20 * torch.log10(bins.abs() / 256 + 10 ** (-70 / 20)))
     loud = torch.maximum(*levels) > -64  # 6 dB over the floor that was added
     return (levels[0] - levels[1])[loud].abs().mean().item()
+
+
+@contextmanager
+def broken(*things, **changes) -> Iterator[None]:
+    """Replaces attributes of things (a module, a class, an object) for a block, and puts them back even if
+    the block fails: `with broken(config, delays=17 * (0,)):`."""
+    kept = [(thing, name, getattr(thing, name)) for thing in things for name in changes]
+    try:
+        for thing, name, _ in kept:
+            setattr(thing, name, changes[name])
+        yield
+    finally:
+        for thing, name, value in kept:
+            setattr(thing, name, value)
+
+
+@contextmanager
+def kept_weights(module: nn.Module) -> Iterator[None]:
+    """After the block the module has the weights that it had before, even if the block fails."""
+    kept = {name: weight.clone() for name, weight in module.state_dict().items()}
+    try:
+        yield
+    finally:
+        module.load_state_dict(kept)
