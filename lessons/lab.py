@@ -4,6 +4,7 @@ how to break something and have it back."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from wave import open as open_wave
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +87,14 @@ def sign(token: int) -> str:
 def words(checkpoint: Checkpoint, text: Tensor) -> str:
     """What a text stream [F] says."""
     return checkpoint.tokenizer.decode([token for token in text.tolist() if token not in (PAD, EPAD)])
+
+
+def save_wav(path: str | Path, sound: Tensor, rate: int = RATE) -> None:
+    """Writes sound of any shape as a 16-bit WAV, mono."""
+    with open_wave(str(path), "wb") as file:
+        file.setparams((1, 2, rate, 0, "NONE", ""))
+        samples = (sound.flatten() * 32768).round().clamp(-32768, 32767)
+        file.writeframes(samples.short().numpy().astype("<i2").tobytes())
 
 
 def decibels(sound: Tensor, block: int = FRAME) -> Tensor:
