@@ -18,7 +18,10 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = ROOT / "LESSONS.md"
-PICTURES = ("grid", "sound", "codebooks", "window", "delays", "strip", "loss")
+PICTURES = (
+    *("grid", "sound", "overlap", "codebooks", "split", "window", "ring"),
+    *("delays", "strip", "loss"),
+)
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```\n(?:\n?```text\n(.*?)^```\n)?", re.M | re.S)
 
 
