@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -182,15 +183,22 @@ def check(lesson: int, my) -> None:
     globals()[f"lesson_{lesson}"](my)
 
 
+def verdict(lesson: int, my: dict) -> str:
+    """What `check` finds, in words, for functions by their names."""
+    try:
+        check(lesson, SimpleNamespace(**my))
+    except NotImplementedError:
+        return "not solved yet: write the function"
+    except AssertionError as error:
+        return f"not yet: {error}"
+    return "right"
+
+
 if __name__ == "__main__":
     import exercises
 
     if len(sys.argv) != 2 or sys.argv[1] not in map(str, range(13)):
         sys.exit("which lesson? python lessons/check.py 3")
-    try:
-        check(int(sys.argv[1]), exercises)
-    except NotImplementedError:
-        sys.exit("not solved yet: write the function in lessons/exercises.py")
-    except AssertionError as error:
-        sys.exit(f"not yet: {error}")
-    print("right")
+    found = verdict(int(sys.argv[1]), vars(exercises))
+    print(found)
+    sys.exit(found != "right")

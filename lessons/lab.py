@@ -47,7 +47,7 @@ def talk(
     gen = MoshiGen(checkpoint.moshi, greedy=seed is None, **checkpoint.config["lm_gen_config"])
     texts = [torch.tensor([token]) for token in text or []]
     conversation = converse(checkpoint.mimi, gen, sound.split(FRAME, dim=-1), change, texts)
-    _, tokens, waves = zip(*conversation)
+    tokens, waves = zip(*[(said, wave) for _, said, wave in conversation if said is not None])
     return torch.cat(tokens, dim=-1)[0], torch.cat(waves, dim=-1)[0, 0]
 
 
