@@ -17,26 +17,34 @@ Every tensor keeps its dtype. They go through one by one, so that memory holds t
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-import re
-import shutil
-import sys
-import tempfile
-from pathlib import Path
-from typing import NamedTuple
+import os
+import signal
 
-import torch
-from safetensors import SafetensorError, safe_open
+if __name__ == "__main__":  # while torch takes its second to load, there is nothing to lose or to clean up
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        ending = getattr(signal, name, signal.SIGINT)
+        if signal.getsignal(ending) != signal.SIG_IGN:
+            signal.signal(ending, lambda number, _: os._exit(128 + number))
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import re  # noqa: E402
+import shutil  # noqa: E402
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import NamedTuple  # noqa: E402
+
+import torch  # noqa: E402
+from safetensors import SafetensorError, safe_open  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mimi_min  # noqa: E402
 import moshi_min  # noqa: E402
-from mimi_min import Mimi, MimiConfig, newer_name, official_names  # noqa: E402
+from files import FLOATS, open_regular, plain, read_json, run_program, show, signals  # noqa: E402
+from mimi_min import Mimi, MimiConfig, build, newer_name, official_names  # noqa: E402
 from moshi_min import MIMI_CONFIG_FILE, MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, Moshi, MoshiConfig, gated_width  # noqa: E402
-
-DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what weights may be, and the bytes of a number
 
 # ----------------------------------------------------------------------------------------------------- tables
 
@@ -134,8 +142,8 @@ DEPTH_KEYS = {
 
 
 def is_size(value) -> bool:
-    """True for a positive int (True itself isn't one)."""
-    return type(value) is int and value > 0
+    """True for a positive int (True itself isn't one) that may be a size."""
+    return type(value) is int and 0 < value < 2**20
 
 
 def read_fields(given: dict, table: dict, what: str) -> dict:
@@ -290,10 +298,10 @@ def plan(entries: list[Entry], where: dict, folder: Path) -> list[str]:
                     f"{folder}: {piece.name} has the shape {stored.get_shape()}, expected {piece.shape}"
                 )
             kinds.add(stored.get_dtype())
-        if len(kinds) > 1 or not kinds <= DTYPES.keys():
+        if len(kinds) > 1 or not kinds <= FLOATS.keys():
             raise ValueError(
                 f"{folder}: {entry.pieces[0].name} and what joins it are {' and '.join(sorted(kinds))}, "
-                f"expected one of {', '.join(DTYPES)}"
+                f"expected one of {', '.join(FLOATS)}"
             )
         dtypes += kinds
     return dtypes
@@ -304,7 +312,7 @@ def write(path: Path, entries: list[Entry], dtypes: list[str], where: dict) -> N
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry, dtype in zip(entries, dtypes):
-        start, end = end, end + DTYPES[dtype] * math.prod(entry.shape)
+        start, end = end, end + FLOATS[dtype] * math.prod(entry.shape)
         header[entry.name] = {"dtype": dtype, "shape": entry.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -319,17 +327,6 @@ def write(path: Path, entries: list[Entry], dtypes: list[str], where: dict) -> N
 
 
 # ------------------------------------------------------------------------------------------------------ files
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object, or a ValueError that says what is wrong."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a JSON file that can be read ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return content
 
 
 def open_files(folder: Path) -> dict:
@@ -348,10 +345,13 @@ def open_files(folder: Path) -> dict:
     for path in sorted({folder / name for name in names}):
         if not path.is_file():
             raise ValueError(f"{path}: there is no such file")
+        open_regular(path).close()
         try:
             file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: not a whole SafeTensors file ({error})") from None
+        if twice := where.keys() & file.keys():
+            raise ValueError(f"{path}: the tensor {min(twice)} is in another shard as well")
         where.update(dict.fromkeys(file.keys(), file))
     return where
 
@@ -360,8 +360,9 @@ def convert(folder: Path, out: Path) -> str:
     """Does it, and returns what to say. ValueError and OSError say what is wrong; then there is no `out`."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: it is there already and not an empty folder, name another one")
+    empty = out.is_dir() and not out.is_symlink() and not any(out.iterdir()) and not out.samefile(Path.cwd())
+    if os.path.lexists(out) and not empty:
+        raise ValueError(f"{out}: it is there already and not an empty folder elsewhere, name another one")
     path = folder / "config.json"
     given = read_json(path)
     kind, names = given.get("model_type"), given.get("architectures")
@@ -379,8 +380,7 @@ def convert(folder: Path, out: Path) -> str:
     if not isinstance(codec, dict) or not isinstance(depth, dict):
         raise ValueError(f"{path}: audio_encoder_config and depth_decoder_config must be JSON objects")
     ours = mimi_config(given if kind == "mimi" else codec, str(path))
-    with torch.device("meta"):
-        mimi = Mimi(ours)
+    mimi = build(Mimi, ours, path)
     files = {
         MIMI_FILE: table(mimi, mimi_min.MIMI_NAMES, MIMI_NAMES, "audio_encoder." if kind == "moshi" else "")
     }
@@ -396,8 +396,7 @@ def convert(folder: Path, out: Path) -> str:
             "mimi_name": MIMI_FILE,
             "mimi_config_name": MIMI_CONFIG_FILE,
         }
-        with torch.device("meta"):
-            moshi = Moshi(config)
+        moshi = build(Moshi, config, path)
         files[MOSHI_FILE] = table(moshi, moshi_min.MOSHI_NAMES, MOSHI_NAMES, "")
     where = open_files(folder)
     dtypes = {name: plan(entries, where, folder) for name, entries in files.items()}
@@ -429,6 +428,7 @@ def convert(folder: Path, out: Path) -> str:
 
 
 def main() -> int:
+    """Exit codes: 0, 2 after what can be put right, 128 + a signal."""
     parser = argparse.ArgumentParser(
         description="A Hugging Face folder of Moshi or Mimi, into the official format."
     )
@@ -438,12 +438,15 @@ def main() -> int:
     parser.add_argument("out", type=Path, metavar="OUT", help="a new or empty folder")
     arguments = parser.parse_args()
     try:
-        print(convert(arguments.folder, arguments.out))
-    except (ValueError, OSError, SafetensorError) as error:
-        print(f"convert_hf.py: {' '.join(str(error).split())}", file=sys.stderr)
+        said = convert(arguments.folder, arguments.out)
+    except KeyboardInterrupt:
+        return 128 + [*signals, signal.SIGINT][0]
+    except (ValueError, OverflowError, RecursionError, OSError, SafetensorError) as error:
+        show(f"convert_hf.py: {plain(error)}\n", sys.stderr)
         return 2
+    show(f"{said}\n", sys.stdout)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)
