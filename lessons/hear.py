@@ -10,7 +10,6 @@ knows few voices. The released Mimi knows them all; it is a file of its own (0.4
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from generate import Problem, read_wav, resample  # noqa: E402
+from files import plain, read_json, read_wav, resample  # noqa: E402
 from lessons.lab import distance, save_wav  # noqa: E402
 from mimi_min import Mimi, MimiConfig, init_state, load_mimi  # noqa: E402
 from moshi_min import MIMI_FILE  # noqa: E402
@@ -36,9 +35,9 @@ def open_codec(folder: Path, file: Path | None) -> Mimi:
     config, path = MimiConfig(), file
     if path is None:
         settings = folder / "config.json"
-        names = json.loads(settings.read_text()) if settings.exists() else {}
+        names = read_json(settings) if settings.exists() else {}
         if names.get("mimi_config_name"):
-            config = MimiConfig.from_dict(json.loads((folder / names["mimi_config_name"]).read_text()))
+            config = read_json(folder / names["mimi_config_name"], MimiConfig.from_dict)
         path = folder / names.get("mimi_name", MIMI_FILE)
     return load_mimi(path, config, num_codebooks=config.n_q)
 
@@ -95,12 +94,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         hear(parser.parse_args(argv))
         return 0
-    except OSError as error:
-        problem = f"{error.filename}: {error.strerror}"
-    except (Problem, ValueError) as error:
-        problem = str(error)
-    print(f"hear.py: error: {' '.join(problem.split())}", file=sys.stderr)
-    return 2
+    except (OSError, ValueError) as error:
+        print(f"hear.py: error: {plain(error)}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -63,14 +63,14 @@ def _other_delays(checkpoint: Checkpoint, codes: Tensor, delays: tuple[int, ...]
 # ---------------------------------------------------------------------------------------------- 2. min-p
 
 # What to put in the place of what, in which file.
+MASK = "    top = top.masked_fill(top < min_p * top[:, :1], 0)  # the first is the largest\n"
+CHOICE = "    choice = (top / torch.empty_like(top)"
+LEAD = '    ("lead_seconds", '
+OPTION = '    ("min_p", "least share of the likeliest", number(float, 0, 1), "lm_gen_config", "min_p", 0),\n'
+MADE = "args.top_k_text, args.greedy)\n"
 MIN_P = (
     ("moshi_min.py", "temp: float, top_k: int) -> Tensor:", "temp: float, top_k: int, min_p=0.0) -> Tensor:"),
-    (
-        "moshi_min.py",
-        "    choice = (top / torch.empty_like(top)",
-        "    top = top.masked_fill(top < min_p * top[:, :1], 0)  # the first is the largest\n"
-        "    choice = (top / torch.empty_like(top)",
-    ),
+    ("moshi_min.py", CHOICE, MASK + CHOICE),
     ("moshi_min.py", "False, cuda_graph: bool = True):\n", "False, cuda_graph: bool = True, min_p=0.0):\n"),
     (
         "moshi_min.py",
@@ -86,29 +86,14 @@ MIN_P = (
         "sample(logits, self.temp, self.top_k, self.min_p)",
     ),
     ("moshi_min.py", '"top_k_text", "use_sampling"}', '"top_k_text", "use_sampling", "min_p"}'),
-    (
-        "generate.py",
-        "def number(kind: type, low: int)",
-        "def number(kind: type, low: int, high: int = 10**9)",
-    ),
-    ("generate.py", "if low <= kind(text) <= 10**9:", "if low <= kind(text) <= high:"),
-    ("generate.py", "from {low} to 1e9, not", "from {low} to {high:g}, not"),
-    (
-        "generate.py",
-        '    ("lead_seconds", ',
-        '    ("min_p", "least share of the likeliest", number(float, 0, 1), "lm_gen_config", "min_p", 0),\n'
-        '    ("lead_seconds", ',
-    ),
-    ("generate.py", "args.top_k_text, args.greedy)\n", "args.top_k_text, args.greedy, min_p=args.min_p)\n"),
+    ("generate.py", LEAD, OPTION + LEAD),
+    ("generate.py", MADE, MADE.replace(")", ", min_p=args.min_p)")),
 )
-# Each of these is made instead of the change with the same old text.
+# What is made instead of the change with the same old text.
 WRONG_MIN_P = {
-    "a share of 1, not of the likeliest": (
-        MIN_P[1][1],
-        "    top = top.masked_fill(top < min_p, 0)\n" + MIN_P[1][1],
-    ),
-    "not handed on to the sampler": (MIN_P[-1][1], MIN_P[-1][1]),
-    "nothing is refused": (MIN_P[8][1], "if low <= kind(text):"),
+    "a share of 1, not of the likeliest": (CHOICE, MASK.replace(" * top[:, :1]", "") + CHOICE),
+    "not handed on to the sampler": (MADE, MADE),
+    "what is above 1 is not refused": (LEAD, OPTION.replace("0, 1)", "0)") + LEAD),
 }
 
 
