@@ -18,10 +18,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = ROOT / "LESSONS.md"
-PICTURES = (
-    *("grid", "sound", "overlap", "codebooks", "split", "window", "ring"),
-    *("delays", "strip", "loss"),
-)
+PICTURES = tuple("grid sound overlap codebooks split window ring delays strip loss".split())
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```\n(?:\n?```text\n(.*?)^```\n)?", re.M | re.S)
 
 

@@ -192,6 +192,19 @@ def test_the_debugger_shows_what_the_page_says():
         assert places.sub("", printed) == wanted, command
 
 
+def test_the_five_steps_of_the_sampler():
+    """The table of the page says what a run of the sampler shows."""
+    page, delays = (ROOT / "lessons" / "debugger.md").read_text(), (0, 0, 2, 0, 1)
+    rows = re.findall(r"^\| (\d) \| (.+) \| (.+) \| (.+) \| (.+) \|$", page, re.M)
+    for (step, hears, reads, makes, gives), (strip, read, frame) in zip(
+        rows, lab.strips(delays, 3, 5), strict=True
+    ):
+        assert reads.split() == [lab.sign(token) for token in read]
+        assert makes.split() == [lab.sign(token) for token in strip[:3, max(delays) + 1]]
+        assert gives == ("-" if frame is None else str(int(frame[0])))
+        assert int(hears) == max(int(step) - 1, 0)
+
+
 def test_what_the_editor_runs_is_there():
     """VS Code's launch.json is JSON, and starts files that exist."""
     launch = json.loads((ROOT / ".vscode" / "launch.json").read_text())
