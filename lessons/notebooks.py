@@ -36,25 +36,32 @@ os.chdir(root)
 sys.path.insert(0, str(root))
 """
 
-# Where something can be heard: lesson, text of the block that makes it, what to play.
+# Where something can be heard: lesson, text of the block that makes it, what the cell under it plays.
 PLAYERS = (
-    (0, "generate.py tiny/count.wav", 'Audio("tiny/count.wav"), Audio("answer.wav")'),
-    (1, "sound.shape[-1] // FRAME", "Audio(sound.flatten().numpy(), rate=RATE)"),
+    (0, "generate.py tiny/count.wav", 'display(Audio("tiny/count.wav"), Audio("answer.wav"))'),
+    (1, "sound.shape[-1] // FRAME", "play(sound)"),
+    (1, "tone[::4]", "play(tone[::4], 6000)\nplay(resample(tone, 24000, 6000), 6000)"),
+    (2, "def decode(forget)", "play(reference)\nplay(decode(lambda part: isinstance(part, CausalConv1d)))"),
     (
-        1,
-        "tone[::4]",
-        "Audio(tone[::4].numpy(), rate=6000), Audio(resample(tone, 24000, 6000).numpy(), rate=6000)",
+        3,
+        "broken(ResidualBlock",
+        "play(mimi.decode(codes))\n"
+        "with broken(ResidualBlock, forward=lambda self, x, state=None: self.block(x, state)):\n"
+        "    play(mimi.decode(codes))",
     ),
-    (2, "def decode(forget)", "*(Audio(s[0, 0].numpy(), rate=24000) for s in (reference, decode(bool)))"),
-    (3, "broken(ResidualBlock", "Audio(mimi.decode(codes)[0, 0].numpy(), rate=24000)"),
-    (
-        4,
-        "nearest by hand",
-        "*(Audio(mimi.decode(codes[:, :n])[0, 0].numpy(), rate=24000) for n in (8, 4, 2, 1))",
-    ),
-    (7, "PAD forced", "Audio(voice.numpy(), rate=24000), Audio(read.numpy(), rate=24000)"),
-    (10, "told to stop", "Audio(torch.stack([heard.flatten(), voice]).numpy(), rate=24000)  # the user left"),
+    (4, "nearest by hand", "for number in (8, 4, 2, 1):\n    play(mimi.decode(codes[:, :number]))"),
+    (7, "PAD forced", "play(voice)\nplay(read)"),
+    (10, "told to stop", "play(torch.stack([heard.flatten(), voice]))  # the user left, Moshi right"),
 )
+PLAY = """\
+from IPython.display import Audio, display
+
+
+def play(sound, rate=24000):
+    display(Audio(sound.squeeze().numpy(), rate=rate))
+
+
+"""
 
 
 def lessons(text: str) -> list[str]:
@@ -76,12 +83,7 @@ def player(number: int, code: str) -> Iterator:
     """A cell that plays what a block has made, if it makes sound."""
     for lesson, words, sounds in PLAYERS:
         if lesson == number and words in code:
-            lines = [
-                "from IPython.display import Audio, display",
-                "",
-                *(f"display({sound})" for sound in sounds),
-            ]
-            yield new_code_cell("\n".join(lines))
+            yield new_code_cell(PLAY + sounds)
 
 
 def exercise(number: int) -> Iterator:

@@ -137,6 +137,8 @@ def test_notebooks_hold_the_lessons():
                 r"\]\((?!https?:|#)([^)#]+)", cell.source if cell.cell_type == "markdown" else ""
             ):
                 assert (notebooks.HERE / link).resolve().exists(), link
+            if cell.cell_type == "code":  # players, too
+                compile(re.sub(r"^!", "# ", cell.source, flags=re.M), "cell", "exec")
         ids = [cell.id for cell in made.cells]
         assert len(set(ids)) == len(ids) and made.cells[1].source.startswith("# Run this first")
     for lesson, words, _ in notebooks.PLAYERS:
