@@ -222,16 +222,19 @@ def find_sound(file: BinaryIO, path: str | Path, convert: str) -> tuple[Format, 
     if riff[:4] not in (b"RIFF", b"RF64", b"BW64") or riff[8:] != b"WAVE":  # the last two: beyond 4 GiB
         raise Problem(f"{path} is not a WAV file{convert}")
     chunks: dict[bytes, bytes] = {}  # each has a name, a size, and contents padded to an even length
-    while True:
+    name = b""
+    for _ in range(10_000):  # zeros, too, would be chunks, and there can be gigabytes of them
         head = file.read(8)
         if len(head) < 8:
-            raise Problem(f"{path} ends before its sound begins{again}")
+            break
         name, size = struct.unpack("<4sI", head)
         if name == b"data":
             break
         place = file.tell()
         chunks[name] = file.read(min(size, 40))
         file.seek(place + size + size % 2)
+    if name != b"data":
+        raise Problem(f"{path} ends before its sound begins{again}")
     form = read_format(chunks.get(b"fmt ", b""), path, convert)
     whole = struct.unpack_from("<I", riff, 4)[0] == end - 8
     long = chunks.get(b"ds64", b"")  # sizes in 64 bits
@@ -343,7 +346,11 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     for ending in endings:
         signal.signal(ending, stop)
     try:
-        sys.exit(main())
+        code = main()
+        signals.append(0)  # it is over
+        sys.exit(code)
+    except KeyboardInterrupt:  # while `main` told of something else
+        sys.exit(128 + signals[0])
     finally:
         for ending in endings:
             signal.signal(ending, signal.SIG_IGN)

@@ -86,15 +86,19 @@ def run(args: argparse.Namespace) -> None:
     screen = Screen(tokenizer, moshi.config, sys.stderr if raw else sys.stdout, size / rate, total)
     with contextlib.nullcontext(sys.stdout.buffer) if raw else whole_file(args.output) as file:
         writer = SoundWriter(file, args.stereo, rate, raw)
-        talk(mimi, gen, frames, screen, writer, kept)
-        screen.end()
+        try:
+            talk(mimi, gen, frames, screen, writer, kept)
+        finally:
+            screen.end()
         if not screen.frames:
             raise KeyboardInterrupt
         writer.finish()
     milliseconds, place = 1000 * screen.busy / screen.frames, "standard output" if raw else args.output
     show(f"{screen.frames} frames, {milliseconds:.1f} ms per frame, {screen}: {plain(place)}\n", sys.stderr)
     if args.tokens:
-        codes = np.array([*itertools.zip_longest(*kept, fillvalue=NO_INPUT)])[: screen.frames].T
+        codes = np.full((len(kept), screen.frames), NO_INPUT)
+        for row, stream in zip(codes, kept):
+            row[: len(stream)] = stream[: screen.frames]
         with whole_file(args.tokens) as table:
             np.savez(table, codes=codes, delays=moshi.config.delays, frame_rate=mimi.frame_rate)
     if signals[0]:
@@ -225,8 +229,10 @@ def settle(args: argparse.Namespace, config: dict) -> None:
 def pipe_frames(frame_size: int) -> Iterator[Tensor]:
     """Frames [frame_size] of raw 16-bit mono as they come from standard input, the last one zero-padded."""
     data = sys.stdin.buffer.read(2 * frame_size)
-    if not data or data[8:12] == b"WAVE":
-        fail("no sound on standard input, or a WAV instead of raw; check the pipe, or record with -t raw")
+    if len(data) < 2:
+        fail("no sound on standard input; check the pipe")
+    if data[8:12] == b"WAVE":
+        fail("a WAV on standard input, where raw sound is read: record with arecord -t raw, or name the file")
     while data:
         samples = torch.from_numpy(np.frombuffer(data, "<i2", len(data) // 2) / np.float32(32768))
         yield F.pad(samples, (0, frame_size - len(samples)))
@@ -268,7 +274,9 @@ class Screen:
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may come byte by byte
         self.of = f" of {total * frame_seconds:.1f}" if total else ""
         self.frames, self.busy, self.shown = 0, 0.0, time.monotonic()
-        self.apart = identity(1) != identity(2)  # else a progress line would break into the words
+        # Where words and progress go to one place, a progress line would break into the words.
+        self.apart = stream is not sys.stderr and identity(1) != identity(2)
+        self.in_line = False  # words were said since the line began
 
     def watch(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
         """The user's frames [T] -> [1, 1, T]. Waiting for one is no work: it counts from when it came."""
@@ -287,10 +295,14 @@ class Screen:
         is_byte = known and self.tokenizer.is_byte(token)
         text = bytes.fromhex(piece[3:5]) if is_byte else piece.replace("▁", " ").encode()
         show(self.utf8.decode(text), self.stream)
+        self.in_line = True
 
     def end(self) -> None:
-        """Ends the line, after a last character that is not whole."""
-        show(self.utf8.decode(b"", True) + "\n", self.stream)
+        """Wipes the progress, and ends the line of words, after a last character that is not whole."""
+        if sys.stderr.isatty():
+            show("\x1b[K", sys.stderr)
+        if self.in_line:
+            show(self.utf8.decode(b"", True) + "\n", self.stream)
 
     def frame_done(self) -> None:
         """Counts a frame and its time. A terminal shows each, a file one every five seconds."""

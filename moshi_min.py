@@ -402,7 +402,8 @@ class Checkpoint(NamedTuple):
 
 def load_checkpoint(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Checkpoint:
     """Opens a folder in the official format, without `config.json` a Moshi 7B. `dtype` None is bfloat16, or
-    float32 for a narrow model. What is missing raises FileNotFoundError, what is wrong ValueError."""
+    float32 for a narrow model. What is missing raises FileNotFoundError, what is wrong ValueError: also a
+    name in `config.json` that leads out of the folder, which may come from anybody."""
     folder, config, moshi_config, mimi_config = Path(folder), {}, MoshiConfig(), MimiConfig()
     if (folder / "config.json").exists():
         config = read_json(folder / "config.json", check_settings)
@@ -517,8 +518,7 @@ def check_moshi_fits(config: MoshiConfig) -> None:
         raise ValueError("config: the padding tokens must be below text_card")
 
 def check_settings(config: dict) -> dict:
-    """ValueError unless names of files stay in the folder, which may come from anybody, and `lm_gen_config`
-    says what it may."""
+    """ValueError unless the names of files stay in the folder and `lm_gen_config` has only known keys."""
     for key in ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name"):
         name = config.get(key, "")
         path = PureWindowsPath(name if isinstance(name, str) else "/")  # knows / and \, drives too

@@ -656,7 +656,7 @@ def test_signals(good_folder, tmp_path, ending, wait):
         until_it_hears_signals(process.pid)
         time.sleep(wait)
         process.send_signal(ending)
-        assert process.wait(30) in (0, 128 + ending) and process.stderr.read() == b""
+        assert process.wait(120) in (0, 128 + ending) and process.stderr.read() == b""
     left = [path.name for path in tmp_path.iterdir()]
     assert left in ([], ["out"]) and (not left or len(list((tmp_path / "out").iterdir())) == 4)
 
