@@ -75,8 +75,11 @@ def links(text: str) -> str:
 
 
 def shell(code: str) -> str:
-    """A block of shell commands as a cell, with the notebook's own Python."""
-    return re.sub(r"^python ", "!{sys.executable} ", code.strip(), flags=re.M)
+    """A block of shell commands as a cell. The program runs in the notebook itself: a command there would
+    have a terminal, and fill the cell with progress."""
+    called = re.sub(r"^python generate\.py (.*)$", r'main("\1".split());', code.strip(), flags=re.M)
+    called = re.sub(r"^python ", "!{sys.executable} ", called, flags=re.M)
+    return f"from generate import main\n\n{called}" if "main(" in called else called
 
 
 def player(number: int, code: str) -> Iterator:

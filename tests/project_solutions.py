@@ -135,7 +135,7 @@ def old_conversations(checkpoint: Checkpoint) -> list[Tensor]:
     return conversations
 
 
-def teach_sentence(checkpoint: Checkpoint, sound: Tensor, sentence: str, updates: int = 30) -> Moshi:
+def teach_sentence(checkpoint: Checkpoint, sound: Tensor, sentence: str, updates: int = 20) -> Moshi:
     conversations = [new_conversation(checkpoint, sound, sentence), *old_conversations(checkpoint)]
     return by_heart(copy.deepcopy(checkpoint.moshi), conversations, updates, 3e-4)
 

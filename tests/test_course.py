@@ -180,13 +180,13 @@ def test_the_glossary_shows_lines_that_are_there():
         assert code in source_of(file, name), f"{word}: {code!r} is not in {name}; change lessons/glossary.md"
 
 
-def test_the_debugger_shows_what_the_page_says():
+def test_the_debugger_shows_what_the_page_says(tmp_path):
     """The commands of lessons/debugger.md, given to pdb, print what stands under them."""
     page = (ROOT / "lessons" / "debugger.md").read_text()
     session = "".join(re.findall(r"^```pdb\n(.*?)^```", page, re.M | re.S))
     said = re.split(r"^\(Pdb\) ", session, flags=re.M)[1:]
     commands, expected = zip(*[part.split("\n", 1) for part in said])
-    run = [sys.executable, "-m", "pdb", "generate.py", "--device", "cpu", "-o", "answer.wav"]
+    run = [sys.executable, "-m", "pdb", "generate.py", "--device", "cpu", "-o", str(tmp_path / "a.wav")]
     done = subprocess.run(run, input="\n".join(commands), cwd=ROOT, capture_output=True, text=True)
     found = done.stdout.split("(Pdb) ")[1:]
     places = re.compile(r"^(> |-> |Breakpoint |Deleted breakpoint ).*\n", re.M)  # with numbers of lines
