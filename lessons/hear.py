@@ -1,7 +1,7 @@
 """What is left of a recording after 1, 2, 4, 8 codebooks: `python lessons/hear.py my.wav`.
 
 Each becomes a WAV in the folder `heard`, and one more has all in a row, the original first. The tiny codec
-knows few voices. The released Mimi knows them all; it is a file of its own (0.4 GB), and needs no GPU:
+knows few voices. The released Mimi is a file of its own (0.4 GB), and needs no GPU:
 
     hf download kyutai/moshiko-pytorch-bf16 tokenizer-e351c8d8-checkpoint125.safetensors --local-dir mimi
     python lessons/hear.py my.wav --mimi mimi/tokenizer-e351c8d8-checkpoint125.safetensors
