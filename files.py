@@ -6,16 +6,19 @@ ValueError, or the system's own OSError. Nothing of the model is here; nobody wh
 """
 
 import contextlib
+import html
 import json
 import math
 import os
 import secrets
 import shlex
+import shutil
 import signal
 import struct
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
@@ -93,7 +96,8 @@ def read_json(path: str | Path, make: Callable = dict):
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write that gets the name `path` once the block has ended well, and is gone otherwise.
 
-    A link is written through, permissions stay. If it can't have its name, an OSError says where it is.
+    A link is written through, permissions stay. If the name can't be given anew (a file that is mounted by
+    itself), what has it is written over; if that can't be either, an OSError says where the new file is.
     """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f"{secrets.token_hex(8)}.part")  # nobody can plant a link of that name
@@ -105,20 +109,30 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             try:
                 os.replace(temporary, path)
-            except OSError as error:  # mounted by itself, in use (Windows), its folder gone
-                kept = keep_elsewhere(file, temporary, path.suffix)
-                raise OSError(0, f"{error.strerror}; what was made is {kept}", str(path)) from None
+            except OSError as error:
+                kept = copy_instead(file, temporary, path)
+                if kept != path:
+                    raise OSError(0, f"{error.strerror}; what was made is {kept}", str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def keep_elsewhere(file: BinaryIO, temporary: Path, suffix: str) -> str:
-    """Copies what was written into the system's folder for temporary files; returns the name there."""
-    with tempfile.NamedTemporaryFile(suffix=suffix, delete=False) as kept:
-        file.seek(0)
-        # Weights are written by name, past `file`; and a file without a name can still be read.
-        kept.writelines(open(temporary, "rb") if temporary.exists() else file)
-    return kept.name
+def copy_instead(file: BinaryIO, temporary: Path, path: Path) -> Path:
+    """Copies what was written over what `path` is, or else into the system's folder for temporary files."""
+
+    def copy_to(target) -> None:
+        # Weights are written by name, past `file`. If the folder is gone, only `file` is left.
+        with open(temporary, "rb") if temporary.exists() else contextlib.nullcontext(file) as source:
+            source.seek(0)
+            shutil.copyfileobj(source, target)
+        target.truncate()
+
+    with contextlib.suppress(OSError), open(path, "r+b") as there:
+        copy_to(there)
+        return path
+    with tempfile.NamedTemporaryFile(suffix=path.suffix, delete=False) as elsewhere:
+        copy_to(elsewhere)
+    return Path(elsewhere.name)
 
 
 # ---------------------------------------------------------------------------------------------------- weights
@@ -126,20 +140,43 @@ def keep_elsewhere(file: BinaryIO, temporary: Path, suffix: str) -> str:
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what weights may be, and the bytes of a number
 
 
+def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Floats [..., D_out, D_in] as the released int8 files hold them: (int8, float32 [..., D_out]).
+
+    A row holds whole numbers from -127 to 127. The second tensor, named `_scb`, says what 127 stands for.
+    """
+    half = weight.half()  # as those files were made
+    largest = half.abs().amax(dim=-1).float()
+    factor = 127 / largest.clamp(min=1e-9)  # of a row of zeros, any
+    return (half * factor[..., None]).round_().to(torch.int8), largest
+
+
 class WeightFile:
-    """A SafeTensors file whose tensors are taken out one by one. On the CPU they are mapped, not read."""
+    """A SafeTensors file whose tensors are taken out one by one. On the CPU they are mapped, not read.
+
+    `dtype` torch.int8 means bfloat16 that its reader will turn `to_int8`. Then, and where the file has int8
+    already (`int8` is True in both cases), each tensor is mapped by itself and copied: of the file no more
+    than one is in memory, and the copies lie as torch's int8 kernel wants them.
+    """
 
     def __init__(self, path: str | Path, device, dtype: torch.dtype | None):
         open_regular(path).close()  # safe_open calls all that it can't open missing
+        self.path, self.device = path, str(device)
         try:
-            self.file = safetensors.safe_open(path, framework="pt", device=str(device))
+            self.file = self.map()
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path}: not a whole SafeTensors file ({error}); no other is read") from None
-        self.path, self.dtype = path, dtype
         self.unused = set(self.file.keys())
+        self.scaled = {name.removesuffix("_scb") for name in self.unused if name.endswith("_scb")}
+        self.int8 = dtype == torch.int8 or bool(self.scaled)
+        self.dtype = torch.bfloat16 if dtype == torch.int8 else dtype
+
+    def map(self):
+        """The file, whose pages come into memory as they are read."""
+        return safetensors.safe_open(self.path, framework="pt", device=self.device)
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """The tensor of this name, in the dtype asked for (None: its own).
+        """The tensor of this name, in the dtype asked for (None: its own); int8 and its scales as they are.
 
         ValueError unless it is there, has this shape, and holds finite floats, in that dtype too.
         """
@@ -147,16 +184,98 @@ class WeightFile:
             raise ValueError(f"{self.path}: the tensor {name} is missing")
         stored = self.file.get_slice(name)
         found, kind = stored.get_shape(), stored.get_dtype()
-        if found != list(shape) or kind not in FLOATS:
+        kinds = [*FLOATS]
+        if name in self.scaled or name.endswith("_scb"):
+            kinds = ["I8" if name in self.scaled else "F32"]
+        if found != list(shape) or kind not in kinds:
             raise ValueError(
                 f"{self.path}: {name} has the shape {found} and the dtype {kind}, "
-                f"expected {list(shape)} and one of {', '.join(FLOATS)}; int8 is not read"
+                f"expected {list(shape)} and {' or '.join(kinds)}"
             )
         self.unused.remove(name)
-        tensor = self.file.get_tensor(name).to(dtype=self.dtype)
+        tensor = (self.map() if self.int8 else self.file).get_tensor(name)
+        tensor = tensor.to(dtype=self.dtype if len(kinds) > 1 else None)
         if not torch.stack(tensor.aminmax()).isfinite().all():  # of all numbers it would be a copy
             raise ValueError(f"{self.path}: {name} holds numbers that are not finite in {tensor.dtype}")
-        return tensor
+        return tensor.clone() if self.int8 else tensor
+
+
+# ------------------------------------------------------------------------------------------- tokens and words
+
+
+def read_tokens(path: str | Path, cards: list[int], own: int, least: int) -> Tensor:
+    """The aligned tokens [streams, frames] that `--tokens` has saved, as far as the first `own` streams go.
+
+    Problem unless they are whole numbers from -1 (unknown) to below the `cards` of the streams, and so many.
+    """
+    try:
+        with open_regular(path, 2**30) as file, np.load(file, allow_pickle=False) as arrays:
+            codes = arrays["codes"]
+    except (ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise Problem(f"{path}: not a file that --tokens has saved ({error})") from None
+    if codes.dtype.kind != "i" or codes.ndim != 2 or len(codes) != len(cards):
+        raise Problem(
+            f"{path}: tokens of the shape {list(codes.shape)} and the dtype {codes.dtype}, "
+            f"but this checkpoint has {len(cards)} streams"
+        )
+    for stream, (row, card) in enumerate(zip(codes, cards)):
+        if not ((row >= -1) & (row < card)).all():
+            raise Problem(f"{path}: stream {stream} has tokens that are not from -1 to {card - 1}")
+    whole = np.flatnonzero((codes[:own] >= 0).all(axis=0))  # the last frames may be incomplete
+    codes = codes[:, : whole[-1] + 1 if len(whole) else 0]
+    if codes.shape[1] < least:
+        raise Problem(f"{path}: {codes.shape[1]} frames are too few, at least {least} are needed")
+    return torch.from_numpy(codes.astype(np.int64))
+
+
+def write_tokens(path: str | Path, kept: list, frames: int, delays, frame_rate: float) -> None:
+    """Saves the tokens of all streams for so many frames, -1 where there are none, as `read_tokens` wants."""
+    codes = np.full((len(kept), frames), -1)
+    for row, stream in zip(codes, kept):
+        row[: len(stream)] = stream[:frames]
+    with whole_file(path) as file:
+        np.savez(file, codes=codes, delays=delays, frame_rate=frame_rate)
+
+
+def write_words(path: str | Path, pieces: Iterable[bytes | None], seconds: float, late: float) -> None:
+    """Writes the words of a text stream with their times, as the end of the name says.
+
+    `pieces`: of each frame, which lasts `seconds`, a piece of a word in UTF-8, none (b""), or None between
+    words, which come `late`. .srt and .vtt are subtitles, a word each; .txt has lines of begin, end, word.
+    """
+    kind = Path(path).suffix.lower()
+    text = "WEBVTT\n\n" if kind == ".vtt" else ""
+    for number, (start, end, word) in enumerate(find_words(pieces), 1):
+        start, end = (max(0.0, frame * seconds - late) for frame in (start, end))
+        times = f"{clock(start)} --> {clock(end)}"
+        if kind == ".srt":
+            text += f"{number}\n{times.replace('.', ',')}\n{word}\n\n"
+        elif kind == ".vtt":
+            text += f"{times}\n{html.escape(word, quote=False)}\n\n"
+        else:
+            text += f"{start:.2f}\t{end:.2f}\t{word}\n"
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def find_words(pieces: Iterable[bytes | None]) -> Iterator[tuple[int, int, str]]:
+    """The words that the pieces of `write_words` spell, with the frames where each begins and ends.
+
+    It ends at the next None, or where that was left out, at a piece that begins with a space.
+    """
+    word, start = b"", 0
+    for frame, piece in enumerate([*pieces, None]):
+        if word and (piece is None or piece.startswith(b" ")):
+            yield start, frame, plain(word.decode(errors="replace").strip())
+            word = b""
+        start = start if word else frame
+        word += piece or b""
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 00:00:00.000."""
+    minutes, rest = divmod(round(1000 * seconds), 60_000)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{rest // 1000:02}.{rest % 1000:03}"
 
 
 # ------------------------------------------------------------------------------------------------------ sound
@@ -164,6 +283,7 @@ class WeightFile:
 INTEGERS, FLOATING, EXTENSIBLE = 1, 3, 0xFFFE  # formats of WAV files
 UNKNOWN = 0xFFFFFFFF  # the size of what is longer than 4 GiB
 PART = 2**18  # samples that are worked on at a time
+AGAIN = "; record or copy it again"
 
 
 class Format(NamedTuple):
@@ -182,14 +302,13 @@ def read_wav(path: str | Path) -> tuple[Tensor, int]:
     It is read in parts, so that an hour takes little more memory than itself. Problem if it can't be read;
     what is wrong with it and can be lived with is a warning.
     """
-    convert = f"; convert it: ffmpeg -i {shlex.quote(str(path))} -ar 24000 -c:a pcm_s16le new.wav"
     with open_regular(path) as file:
-        form, size = find_sound(file, path, convert)
+        form, size = find_sound(file, path)
         place = file.tell()
         rest = file.seek(0, os.SEEK_END) - place
         whole = min(size, rest) // form.block * form.block
         if not whole:
-            raise Problem(f"{path} holds no sound; record or copy it again")
+            raise Problem(f"{path} holds no sound{AGAIN}")
         file.seek(place)
         sound, peak = np.empty(whole // form.block, np.float32), np.float64(0)
         for start in range(0, len(sound), PART):
@@ -198,29 +317,33 @@ def read_wav(path: str | Path) -> tuple[Tensor, int]:
             part[:] = samples.clip(-1, 1).mean(axis=1, dtype=np.float32)
             peak = np.maximum(peak, np.abs(samples).max())  # not a number, if one of them is none
     if not np.isfinite(peak):
-        raise Problem(f"{path} holds samples that are not finite; record or copy it again")
+        raise Problem(f"{path} holds samples that are not finite{AGAIN}")
     if peak > (10 if form.kind == FLOATING else 1):
-        cure = convert.replace("-ar", f"-af volume={0.9 / peak:.1g} -ar")
+        cure = converting(path, f"-af volume={0.9 / peak:.1g} ")
         raise Problem(f"{path} holds samples far beyond -1..1, up to {peak:.6g}{cure}")
     if size > rest:
         warn(f"{path} is cut off: {rest} of {size} bytes of sound are there, and read")
     if peak > 1.01:
         warn(f"{path} is louder than full scale, up to {peak:.3g}, and is cut to -1..1")
-    if np.abs(sound).max() < 1e-3:
+    if max(sound.max(), -sound.min()) < 1e-3:
         warn(f"{path} is as good as silent{' once its channels are mixed' if peak > 0.01 else ''}")
     return torch.from_numpy(sound), form.rate
 
 
-def find_sound(file: BinaryIO, path: str | Path, convert: str) -> tuple[Format, int]:
+def converting(path: str | Path, volume: str = "") -> str:
+    """Advice that can be pasted into a shell."""
+    return f"; convert it: ffmpeg -i {shlex.quote(str(path))} {volume}-ar 24000 -c:a pcm_s16le new.wav"
+
+
+def find_sound(file: BinaryIO, path: str | Path) -> tuple[Format, int]:
     """Reads a WAV up to the first byte of its sound: its format, and how many bytes its header promises."""
-    again = "; record or copy it again"
     end = file.seek(0, os.SEEK_END)
     file.seek(0)
     riff = file.read(12)
     if not riff:
-        raise Problem(f"{path} is an empty file{again}")
+        raise Problem(f"{path} is an empty file{AGAIN}")
     if riff[:4] not in (b"RIFF", b"RF64", b"BW64") or riff[8:] != b"WAVE":  # the last two: beyond 4 GiB
-        raise Problem(f"{path} is not a WAV file{convert}")
+        raise Problem(f"{path} is not a WAV file{converting(path)}")
     chunks: dict[bytes, bytes] = {}  # each has a name, a size, and contents padded to an even length
     name = b""
     for _ in range(10_000):  # zeros, too, would be chunks, and there can be gigabytes of them
@@ -234,8 +357,8 @@ def find_sound(file: BinaryIO, path: str | Path, convert: str) -> tuple[Format, 
         chunks[name] = file.read(min(size, 40))
         file.seek(place + size + size % 2)
     if name != b"data":
-        raise Problem(f"{path} ends before its sound begins{again}")
-    form = read_format(chunks.get(b"fmt ", b""), path, convert)
+        raise Problem(f"{path} ends before its sound begins{AGAIN}")
+    form = read_format(chunks.get(b"fmt ", b""), path)
     whole = struct.unpack_from("<I", riff, 4)[0] == end - 8
     long = chunks.get(b"ds64", b"")  # sizes in 64 bits
     if size == UNKNOWN and len(long) >= 16:
@@ -245,7 +368,7 @@ def find_sound(file: BinaryIO, path: str | Path, convert: str) -> tuple[Format, 
     return form, size
 
 
-def read_format(fmt: bytes, path: str | Path, convert: str) -> Format:
+def read_format(fmt: bytes, path: str | Path) -> Format:
     """The contents of a `fmt ` chunk; a Problem if such samples aren't read here."""
     kind, channels, rate, _, block, bits = struct.unpack_from("<HHIIHH", fmt.ljust(16, b"\0"))
     if kind == EXTENSIBLE and len(fmt) >= 26:
@@ -263,7 +386,7 @@ def read_format(fmt: bytes, path: str | Path, convert: str) -> Format:
     if not known or not fits or len(fmt) < 16 or not 1000 <= rate <= 1_000_000:
         raise Problem(
             f"{path}: a fmt of {len(fmt)} bytes, format {kind}, {bits} bits, a block size of {block}, "
-            f"{channels} channels at {rate} Hz is not read here{convert}"
+            f"{channels} channels at {rate} Hz is not read here{converting(path)}"
         )
     return Format(kind, channels, rate, block, bits)
 
