@@ -3,6 +3,7 @@
 # make test   the same environment plus the reference implementations, then `make lint` and the tests
 # make cuda   on a machine with a GPU: the environment of `make test`, then all that a GPU can show, as one table
 #             (some of it: make cuda ARGS="--only tests,steps"; another torch: see "On a GPU" in README.md)
+# make course the environment of `make demo` and JupyterLab, which opens the lessons as notebooks
 # make lint   ruff: the rules and the layout, as pyproject.toml sets them
 # make clean  removes the environment
 PYTHON ?= python3
@@ -13,7 +14,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check
 # installed last and without its dependencies, which requirements-test.txt names.
 MOSHI := moshi==0.2.13 'sphn<0.3'
 
-.PHONY: demo live test cuda lint clean
+.PHONY: demo live test cuda course lint clean
 demo: $(VENV)/.run-installed
 	$(PY) generate.py
 
@@ -25,6 +26,9 @@ test: lint
 
 cuda: $(VENV)/.test-installed
 	$(PY) tests/cuda_report.py $(ARGS)
+
+course: $(VENV)/.course-installed
+	$(PY) -m jupyter lab lessons/notebooks
 
 lint: $(VENV)/.test-installed
 	$(PY) -m ruff check .
@@ -40,6 +44,10 @@ $(VENV)/.run-installed: requirements.txt | $(PY)
 
 $(VENV)/.live-installed: requirements-live.txt $(VENV)/.run-installed
 	$(PIP) -r requirements-live.txt -c requirements.txt
+	touch $@
+
+$(VENV)/.course-installed: requirements-course.txt $(VENV)/.run-installed
+	$(PIP) -r requirements-course.txt -c requirements.txt
 	touch $@
 
 # requirements.txt is named again as a constraint, so that nothing moves what it pins.

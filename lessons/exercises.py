@@ -4,13 +4,21 @@ import torch  # noqa: F401  you will want it
 from torch import Tensor
 
 
-def first_word(text: Tensor) -> int | None:
-    """Lesson 0. The frame of the first word in a text stream [F], or None. PAD is 3, EPAD is 0."""
+def timed_words(text: Tensor, pieces: list[str]) -> list[tuple[float, str]]:
+    """Lesson 0. The words of a text stream [F], each with the second at which its frame begins; a frame is
+    0.08 s. PAD (3) and EPAD (0) are no words. Token t is the piece `pieces[t]`: one that begins with '▁'
+    begins a word, any other goes on with the word before it, if there is one."""
     raise NotImplementedError
 
 
-def bits_per_second(codebooks: int, size: int, frame_rate: float) -> float:
-    """Lesson 1. What codes cost: each frame has a code of each codebook, each codebook `size` entries."""
+def pack(codes: Tensor, size: int) -> bytes:
+    """Lesson 1. codes [K, F] below `size` -> bytes: frame after frame, in each frame codebook after codebook,
+    each code in as few bits as hold size - 1, its highest bit first; zeros fill up the last byte."""
+    raise NotImplementedError
+
+
+def unpack(data: bytes, codebooks: int, frames: int, size: int) -> Tensor:
+    """Lesson 1. What `pack` has packed -> codes [codebooks, frames]."""
     raise NotImplementedError
 
 

@@ -1,11 +1,14 @@
-"""What the experiments of LESSONS.md share: the tiny checkpoint, its recordings, the loop, two measures."""
+"""What the experiments of LESSONS.md share: the tiny checkpoint, its recordings, the loop, two measures, and
+how to break something and have it back."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from wave import open as open_wave
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from generate import converse, read_wav
 from moshi_min import UNGENERATED, Checkpoint, Moshi, MoshiConfig, MoshiGen, load_checkpoint
@@ -44,7 +47,7 @@ def talk(
     gen = MoshiGen(checkpoint.moshi, greedy=seed is None, **checkpoint.config["lm_gen_config"])
     texts = [torch.tensor([token]) for token in text or []]
     conversation = converse(checkpoint.mimi, gen, sound.split(FRAME, dim=-1), change, texts)
-    _, tokens, waves = zip(*conversation)
+    tokens, waves = zip(*[(said, wave) for _, said, wave in conversation if said is not None])
     return torch.cat(tokens, dim=-1)[0], torch.cat(waves, dim=-1)[0, 0]
 
 
@@ -86,6 +89,14 @@ def words(checkpoint: Checkpoint, text: Tensor) -> str:
     return checkpoint.tokenizer.decode([token for token in text.tolist() if token not in (PAD, EPAD)])
 
 
+def save_wav(path: str | Path, sound: Tensor, rate: int = RATE) -> None:
+    """Writes sound of any shape as a 16-bit WAV, mono."""
+    with open_wave(str(path), "wb") as file:
+        file.setparams((1, 2, rate, 0, "NONE", ""))
+        samples = (sound.flatten() * 32768).round().clamp(-32768, 32767)
+        file.writeframes(samples.short().numpy().astype("<i2").tobytes())
+
+
 def decibels(sound: Tensor, block: int = FRAME) -> Tensor:
     """Loudness of each frame (or block) of sound [T]: its RMS in dB of full scale, -180 for silence."""
     return 20 * torch.log10(sound.flatten().unfold(0, block, block).pow(2).mean(1).sqrt() + 1e-9)
@@ -99,3 +110,27 @@ def distance(x: Tensor, y: Tensor) -> float:
         levels.append(20 * torch.log10(bins.abs() / 256 + 10 ** (-70 / 20)))
     loud = torch.maximum(*levels) > -64  # 6 dB over the floor that was added
     return (levels[0] - levels[1])[loud].abs().mean().item()
+
+
+@contextmanager
+def broken(*things, **changes) -> Iterator[None]:
+    """Replaces attributes of things (a module, a class, an object) for a block, and puts them back even if
+    the block fails: `with broken(config, delays=17 * (0,)):`."""
+    kept = [(thing, name, getattr(thing, name)) for thing in things for name in changes]
+    try:
+        for thing, name, _ in kept:
+            setattr(thing, name, changes[name])
+        yield
+    finally:
+        for thing, name, value in kept:
+            setattr(thing, name, value)
+
+
+@contextmanager
+def kept_weights(module: nn.Module) -> Iterator[None]:
+    """After the block the module has the weights that it had before, even if the block fails."""
+    kept = {name: weight.clone() for name, weight in module.state_dict().items()}
+    try:
+        yield
+    finally:
+        module.load_state_dict(kept)

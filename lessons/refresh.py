@@ -2,7 +2,7 @@
 
 A ```python block is run in its lesson's namespace, as if pasted into one Python session; a ```sh block by the
 shell. What it prints stands in the ```text block under it, if there is one. With a lesson's number only that
-lesson is run. `--pictures` draws all pictures anew first.
+lesson is run. `--pictures` draws all pictures anew first, `--sounds` makes all sounds. The notebooks follow.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = ROOT / "LESSONS.md"
-PICTURES = ("grid", "sound", "codebooks", "window", "delays", "strip", "loss")
+PICTURES = tuple("grid sound overlap codebooks split window ring delays strip loss".split())
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```\n(?:\n?```text\n(.*?)^```\n)?", re.M | re.S)
 
 
@@ -69,7 +69,10 @@ def main() -> None:
     )
     parser.add_argument("lesson", type=int, nargs="?")
     parser.add_argument("--pictures", action="store_true")
+    parser.add_argument("--sounds", action="store_true")
     args = parser.parse_args()
+    if args.sounds:
+        subprocess.run([sys.executable, "-m", "lessons.sounds"], cwd=ROOT, check=True)
     if args.pictures:
         for name in PICTURES:
             subprocess.run([sys.executable, "-m", f"lessons.pictures.{name}"], cwd=ROOT, check=True)
@@ -82,6 +85,7 @@ def main() -> None:
             continue
         new, end = new + text[end : block.place[0]] + printed, block.place[1]
     LESSONS.write_text(new + text[end:])
+    subprocess.run([sys.executable, "-m", "lessons.notebooks"], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,30 @@ import torch
 import torch.nn.functional as F
 
 
-def first_word(text):
-    places = ((text != 3) & (text != 0)).nonzero()
-    return int(places[0]) if len(places) else None
+def timed_words(text, pieces):
+    found = []
+    for frame, token in enumerate(text.tolist()):
+        if token in (0, 3):
+            continue
+        if pieces[token].startswith("▁"):
+            found.append((0.08 * frame, pieces[token][1:]))
+        elif found:
+            found[-1] = found[-1][0], found[-1][1] + pieces[token]
+    return found
 
 
-def bits_per_second(codebooks, size, frame_rate):
-    return codebooks * (size - 1).bit_length() * frame_rate
+def pack(codes, size):
+    width = (size - 1).bit_length()
+    bits = "".join(f"{code:0{width}b}" for code in codes.T.flatten().tolist())
+    bits += "0" * (-len(bits) % 8)
+    return bytes(int(bits[place : place + 8], 2) for place in range(0, len(bits), 8))
+
+
+def unpack(data, codebooks, frames, size):
+    width = (size - 1).bit_length()
+    bits = "".join(f"{byte:08b}" for byte in data)
+    codes = [int(bits[n * width : (n + 1) * width], 2) for n in range(codebooks * frames)]
+    return torch.tensor(codes).view(frames, codebooks).T
 
 
 def causal_conv(x, weight):
@@ -87,6 +104,15 @@ def official_name(ours):
     return ours.replace(".feed_forward.2", ".gating.linear_out")
 
 
+def _tokens_as_words(text, pieces):
+    places = [(f, t) for f, t in enumerate(text.tolist()) if t not in (0, 3)]
+    return [(0.08 * frame, pieces[token].strip("▁")) for frame, token in places]
+
+
+def _pack_in_bytes(codes, size):
+    return b"".join(code.to_bytes(2 if size > 256 else 1, "big") for code in codes.T.flatten().tolist())
+
+
 def _without_epad(words, frames):
     text = put_words(words, frames)
     return torch.where(text == 0, 3, text)
@@ -103,9 +129,8 @@ def _no_residual(x, codebooks):
 WRONG = {
     lesson: SimpleNamespace(**function)
     for lesson, function in {
-        # EPAD a word
-        0: {"first_word": lambda text: int((text != 3).nonzero()[0]) if (text != 3).any() else None},
-        1: {"bits_per_second": lambda codebooks, size, frame_rate: codebooks * frame_rate * 11},
+        0: {"timed_words": _tokens_as_words},
+        1: {"pack": _pack_in_bytes, "unpack": unpack},  # whole bytes a code
         2: {"causal_conv": lambda x, weight: F.conv1d(x, weight, padding="same")},  # looks ahead
         3: {"receptive_field": lambda layers: 1 + sum(kernel - 1 for kernel, _ in layers)},  # no strides
         4: {"residual_quantize": _no_residual},

@@ -52,11 +52,12 @@ def test_lesson(lesson):
     """All blocks of a lesson, in order, from the repository's root."""
     blocks = [block for block in BLOCKS if block.lesson == lesson]
     assert blocks, f"lesson {lesson} runs nothing"
-    for block, printed in refresh.run_blocks(blocks):
-        assert same(printed, block.expected or ""), (
-            f"{block.code}\nprints\n{printed}\nbut LESSONS.md says\n{block.expected}\n"
-            "(python lessons/refresh.py)"
-        )
+    with torch.enable_grad():  # a lesson that turns it off and fails must not spoil the next one
+        for block, printed in refresh.run_blocks(blocks):
+            assert same(printed, block.expected or ""), (
+                f"{block.code}\nprints\n{printed}\nbut LESSONS.md says\n{block.expected}\n"
+                "(python lessons/refresh.py)"
+            )
 
 
 def test_readme(monkeypatch):
