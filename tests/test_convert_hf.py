@@ -1,4 +1,4 @@
-"""tools/convert_hf.py: random Hugging Face models of odd sizes, saved, converted and compared.
+"""tools/convert.py on Hugging Face's folders: random Hugging Face models of odd sizes, saved, converted and compared.
 
 What is compared, in order: the codec, the logits of both transformers, generation. The official package also
 loads each result, since the format is its own. Hugging Face's `forward` neither delays nor shifts, so the raw
@@ -14,7 +14,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import convert_hf
+import convert
+import hugging_face
 import pytest
 import reference
 import torch
@@ -144,7 +145,7 @@ def hf_moshi(name):
 def run_tool(folder, out):
     """The tool as its user runs it: (exit code, stdout, stderr)."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "convert_hf.py"), str(folder), str(out)],
+        [sys.executable, str(ROOT / "tools" / "convert.py"), str(folder), str(out)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -161,8 +162,8 @@ def pair(request, tmp_path_factory):
     assert (folder / "hf" / "model.safetensors").exists() == (request.param == "plain"), (
         "both ways must be tried"
     )
-    said = convert_hf.convert(folder / "hf", folder / "out")
-    assert "no SentencePiece file" in said
+    said = convert.convert(folder / "hf", folder / "out")
+    assert said.endswith(TOKENIZER_FILE)
     return model, load_checkpoint(folder / "out", dtype=torch.float32), folder
 
 
@@ -214,7 +215,7 @@ def test_codec_alone(tmp_path):
     model.save_pretrained(tmp_path / "hf")
     (tmp_path / "out").mkdir()  # an empty folder is welcome
     code, out, err = run_tool(tmp_path / "hf", tmp_path / "out")
-    assert (code, err) == (0, "") and "SentencePiece" not in out
+    assert (code, err) == (0, "") and "to be put" not in out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         [MIMI_FILE, "mimi_config.json"]
     )
@@ -232,7 +233,7 @@ def test_released_codec_config():
     """Hugging Face's defaults are the released Mimi's; older files name the keys otherwise or lack them."""
     expected = loaders._mimi_config
     for given in (transformers.MimiConfig().to_dict(), {}, {"frame_rate": 12.5, "rope_theta": 10000.0}):
-        ours = convert_hf.mimi_config(given, "x")
+        ours = hugging_face.mimi_config(given, "x")
         assert ours == MimiConfig() == MimiConfig.from_dict(expected)
         assert ours.to_dict() == expected
 
@@ -248,8 +249,8 @@ def test_released_language_model_config():
         ),
         ({}, {}),
     ):
-        config = convert_hf.moshi_config(given, depth, "x")
-        assert config == convert_hf.MoshiConfig() == convert_hf.MoshiConfig.from_dict(config.to_dict())
+        config = hugging_face.moshi_config(given, depth, "x")
+        assert config == hugging_face.MoshiConfig() == hugging_face.MoshiConfig.from_dict(config.to_dict())
         assert (config.hidden_scale, config.depformer_dim_feedforward) == (4.125, 4224)
 
 
@@ -268,13 +269,13 @@ def test_feedforward_width():
     for dim in range(4, 80, 2):
         for hidden in range(dim, 3 * dim + 3):
             try:
-                _, width = convert_hf.read_transformer({"ffn_dim": 2 * hidden}, 2, dim, 0, "x")
+                width = hugging_face.official_width(dim, {"ffn_dim": 2 * hidden}, "ffn_dim", 0, "x")
             except ValueError:
                 assert all(gated_width(dim, width) != hidden for width in range(5 * dim + 9))
                 continue
             assert gated_width(dim, width) == hidden
     with pytest.raises(ValueError, match="ffn_dim of 170"):
-        convert_hf.read_transformer({"ffn_dim": 170}, 2, 32, 0, "x")
+        hugging_face.official_width(32, {"ffn_dim": 170}, "ffn_dim", 0, "x")
 
 
 # ----------------------------------------------------------------------------------------------------- logits
@@ -415,13 +416,13 @@ def test_dtype_and_tokenizer(tmp_path):
     model = hf_moshi("plain")
     model.to(torch.bfloat16).save_pretrained(tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.model").write_bytes(b"as it is")
-    said = convert_hf.convert(tmp_path / "hf", tmp_path / "a" / "b")
-    assert "SentencePiece" not in said
+    said = convert.convert(tmp_path / "hf", tmp_path / "a" / "b")
+    assert "to be put" not in said
     out = tmp_path / "a" / "b"
     assert (out / TOKENIZER_FILE).read_bytes() == b"as it is"
     for name in (MOSHI_FILE, MIMI_FILE):
         assert {tensor.dtype for tensor in load_file(out / name).values()} == {torch.bfloat16}
-    config = convert_hf.moshi_config(model.config.to_dict(), model.config.depth_decoder_config.to_dict(), "x")
+    config = hugging_face.moshi_config(model.config.to_dict(), model.config.depth_decoder_config.to_dict(), "x")
     moshi = load_moshi(out / MOSHI_FILE, config, dtype=None)
     assert moshi.text_emb.weight.equal(model.decoder.model.embed_tokens.weight)
     assert moshi.depth_decoder.output_proj.equal(model.depth_decoder.lm_heads.weight)
@@ -449,7 +450,7 @@ HEAD = "decoder.lm_head.weight"
 BAD = {  # what is done to a good folder -> what the line says
     "no folder": (lambda f: f.rename(f.with_name("away")), "there is no such folder"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
-    "config is no json": (lambda f: (f / "config.json").write_text("{"), "not a JSON file"),
+    "config is no json": (lambda f: (f / "config.json").write_text("{"), "config.json"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
     "other model": (lambda f: change_json(f / "config.json", model_type="llama"), "model_type 'llama'"),
     "other class": (
@@ -505,11 +506,11 @@ BAD = {  # what is done to a good folder -> what the line says
     ),
     "tensor misshapen": (
         lambda f: change_tensors(f / "model.safetensors", lambda t: t.update({HEAD: t[HEAD][1:]})),
-        f"{HEAD} has the shape [39, 32], expected [40, 32]",
+        f"{HEAD} has the shape [39, 32] and the dtype float32, expected floats of the shape [40, 32]",
     ),
     "tensor of integers": (
         lambda f: change_tensors(f / "model.safetensors", lambda t: t.update({HEAD: t[HEAD].int()})),
-        f"{HEAD} and what joins it are I32",
+        f"{HEAD} is of the kind I32, expected",
     ),
     "more layers": (lambda f: change_json(f / "config.json", num_hidden_layers=3), "decoder.model.layers.2."),
 }
@@ -536,7 +537,7 @@ def test_bad_input(good_folder, tmp_path, what):
     spoil, says = BAD[what]
     spoil(folder)
     with pytest.raises(ValueError, match=re.escape(says)):
-        convert_hf.convert(folder, tmp_path / "out")
+        convert.convert(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] in (["hf"], ["away"])
 
 
@@ -563,8 +564,8 @@ def test_bad_shards(tmp_path):
     last = folder / sorted(shards.values())[-1]
     kept = last.read_bytes()
     last.unlink()
-    with pytest.raises(ValueError, match=f"{last.name}: there is no such file"):
-        convert_hf.convert(folder, tmp_path / "out")
+    with pytest.raises(ValueError, match=f"there is no file {last.name}"):
+        convert.convert(folder, tmp_path / "out")
     last.write_bytes(kept)
     for wrong in (
         {},
@@ -575,7 +576,7 @@ def test_bad_shards(tmp_path):
     ):
         index.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match="no weight_map"):
-            convert_hf.convert(folder, tmp_path / "out")
+            convert.convert(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -587,7 +588,7 @@ def test_disk_full(good_folder, tmp_path, monkeypatch):
         raise error
 
     for error in (OSError("no space left"), KeyboardInterrupt()):
-        monkeypatch.setattr(convert_hf, "write", partial(write, error))
+        monkeypatch.setattr(convert, "write", partial(write, error))
         with pytest.raises(type(error)):
-            convert_hf.convert(good_folder, tmp_path / "out")
+            convert.convert(good_folder, tmp_path / "out")
         assert not list(tmp_path.iterdir())
