@@ -270,9 +270,9 @@ class Transformer(nn.Module):
 
     def new_memory(self, batch_size: int) -> dict:
         """The rings, and the position of the next input: a tensor, since a replayed graph runs no Python."""
-        attention = self.layers[0].attention
+        attention, norm = self.layers[0].attention, next(self.layers[0].norm1.parameters())
         slots = 2, batch_size, attention.num_kv_heads, self.ring_size, attention.head_dim
-        rings = attention.in_proj.weight.new_zeros(len(self.layers), *slots)
+        rings = norm.new_zeros(len(self.layers), *slots)  # weights that multiply may be int8
         return {"rings": rings, "position": rings.new_zeros(1, dtype=torch.long)}
 
     def place(self, x: Tensor, state: dict | None) -> Placement:
