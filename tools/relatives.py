@@ -134,10 +134,9 @@ def spelled_out(tensors: Tensors, schedule: list[int]) -> Tensors:
     """Codebook k gets the weights number schedule[k], and tables of low rank are multiplied out."""
     result = {}
     for name, tensor in tensors.items():
-        each = EACH.fullmatch(name)
-        if name.replace(".weight", ".low_rank.weight") in tensors:
-            wide = tensors[name.replace(".weight", ".low_rank.weight")]
-            result[name] = made(F.linear, tensor, wide)
+        each, wider = EACH.fullmatch(name), f"{name.removesuffix('weight')}low_rank.weight"
+        if wider in tensors:
+            result[name] = made(F.linear, tensor, tensors[wider])
         elif each and each[1] not in ("linears", "depformer_emb"):
             users = [k for k, number in enumerate(schedule) if number == int(each[2])]
             result.update({f"{each[1]}.{k}.{each[3]}": tensor for k in users})
@@ -226,7 +225,7 @@ def plan(folder: Path, given: dict, base: Path | None, quality: str, dtype: str 
     that adapters were trained on. `dtype` None leaves weights as they are, and int8 ones become bfloat16."""
     if twice := given.get("model_type") == "personaplex":
         given = personaplex(given)
-    config = {key: value for key, value in given.items() if key not in SPENT}
+    config = {key: value for key, value in given.items() if key not in SPENT} | {"lora": False}
     sizes = MoshiConfig.from_dict(config)
     schedule = read_schedule(given, sizes.dep_q)
     sets = max(schedule, default=-1) + 1
@@ -255,7 +254,7 @@ def plan(folder: Path, given: dict, base: Path | None, quality: str, dtype: str 
         config["dep_q"] = sizes.n_q // 2
         tensors = first_half(tensors, config["dep_q"])
     expect(tensors, config)
-    if tensors == stored and dtype is None and given.keys() == config.keys():
+    if tensors == stored and dtype is None and not given.get("lora"):
         raise ValueError("it is in the official format already; only --dtype could change it")
     copies, missing = companions(home, told, config)
     return Plan({MOSHI_FILE: tensors}, {"config.json": config}, copies, missing)
