@@ -1,32 +1,42 @@
 """Talks with Moshi: what the user says goes in, what Moshi says comes out, 80 ms at a time.
 
     python generate.py question.wav -o answer.wav     # a recording in, an answer out, its words printed
+    python generate.py meeting.wav --checkpoint stt-1b-en_fr -o words.srt     # a recogniser writes it down
     arecord -t raw -f S16_LE -r 24000 -c 1 | python generate.py - -o - | aplay -t raw -f S16_LE -r 24000 -c 1
 
 Without arguments it answers the question in `tiny/` with the checkpoint there. The function to read is
 `converse`, the loop. Below it stands the program around it, then what it needs of WAV files and terminals.
 """
 import argparse
+import array
 import codecs
 import contextlib
 import itertools
 import math
 import os
 import signal
-import struct
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+if __name__ == "__main__":  # while torch takes its second to load, a signal just ends it; see `run_program`
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        ending = getattr(signal, name, signal.SIGINT)  # Windows lacks one
+        if signal.getsignal(ending) != signal.SIG_IGN:  # as under nohup
+            signal.signal(ending, lambda number, _: os._exit(128 + number))
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimi_min import Mimi, init_state, whole_file
-from moshi_min import MIMI_FILE, MOSHI_FILE, NO_INPUT, TOKENIZER_FILE, MoshiGen, captured, load_checkpoint
+from files import (Problem, plain, read_tokens, read_wav, resample, run_program, show, signals, wav_header,
+                   whole_file, write_words)
+from mimi_min import Mimi, init_state
+from moshi_min import (MIMI_FILE, MOSHI_FILE, NO_INPUT, TOKENIZER_FILE, MoshiConfig, MoshiGen, captured,
+                       load_checkpoint)
 
 @torch.no_grad()
 def converse(mimi: Mimi, gen: MoshiGen, frames: Iterable[Tensor], change: Callable = lambda codes: codes,
@@ -34,14 +44,16 @@ def converse(mimi: Mimi, gen: MoshiGen, frames: Iterable[Tensor], change: Callab
     """The duplex loop: listens and speaks, a frame at a time.
     For each of the `frames`, the user's sound [B, 1, frame_size], it yields the user's codes
     [B, n_q - dep_q, 1], Moshi's tokens [B, 1 + dep_q, 1] (text first) and Moshi's sound [B, 1, frame_size],
-    the last two None while the delays fill. `change(codes)` is heard in place of the user's codes. `texts`:
-    text tokens [B] that Moshi has to say, one for each frame, -2 where it is free."""
+    the last two None while the delays fill, and always the sound of a recogniser. `change(codes)` is heard in
+    place of the user's codes. `texts`: text tokens [B] that Moshi has to say, one for each frame, -2 where it
+    is free. After `gen.prefill` the conversation goes on from there."""
     state, texts = init_state(mimi, len(gen.strip)), iter(texts)
     encode = captured(lambda sound: mimi.encode(sound, state), gen.device, gen.cuda_graph)
     decode = captured(lambda codes: mimi.decode(codes, state), gen.device, gen.cuda_graph)
-    for number, frame in enumerate(frames):
+    decode = decode if gen.config.dep_q else (lambda codes: None)
+    for frame in frames:
         heard = change(encode(frame.to(gen.device))[:, : gen.config.n_q - gen.config.dep_q])
-        if number == 0:
+        if gen.steps == 0:
             # The first step reads the initial tokens, whatever it is given. So the first frame goes in twice,
             # as in the official run_inference, or its 80 ms would be lost. If no stream is delayed, Moshi's
             # first frame is whole by then, before it has heard anything.
@@ -53,68 +65,105 @@ def converse(mimi: Mimi, gen: MoshiGen, frames: Iterable[Tensor], change: Callab
 
 # ------------------------------------------------------------------------------------------------ the program
 TINY = Path(__file__).resolve().parent / "tiny"
-
-class Problem(Exception):
-    """Something that the user can put right: one line that says what and how."""
+TURN = 2  # the head of a recogniser that says that its speaker has paused for two seconds
+WORDS = (".txt", ".srt", ".vtt")  # what a recogniser's words are written to
 
 def fail(message: str) -> NoReturn:
     """Raises a Problem, also in the place of argparse's own error, which would exit."""
     raise Problem(message)
 
-def run(args: argparse.Namespace) -> int:
-    """Loads, talks, saves; returns the exit code."""
+def run(args: argparse.Namespace) -> None:
+    """Loads; goes on with a text, or talks or writes down what it hears; saves."""
     torch.backends.cudnn.allow_tf32 = False  # see load_mimi
-    recording = None if args.question == "-" else read_wav(Path(args.question))
+    recording = None if args.question == "-" or args.text is not None else read_wav(Path(args.question))
     moshi, mimi, tokenizer, config = open_checkpoint(args)
-    settle(args, config)
-    size, rate = mimi.frame_size, mimi.sample_rate
-    lead, extra = (math.ceil(seconds * rate / size) for seconds in (args.lead_seconds, args.extra_seconds))
-    silence, frames, total = torch.zeros(size), pipe_frames(size), None
-    if recording:
-        sound = resample(*recording, rate)
-        frames = F.pad(sound, (0, -len(sound) % size)).split(size)
-        total = lead + len(frames) + extra
-    frames = itertools.chain(itertools.repeat(silence, lead), frames, itertools.repeat(silence, extra))
+    settle(args, moshi.config, config)
     torch.manual_seed(args.seed)
     gen = MoshiGen(moshi, 1, args.temp, args.temp_text, args.top_k, args.top_k_text, args.greedy)
-    raw = args.output == "-"
-    screen = Screen(tokenizer, moshi.config, sys.stderr if raw else sys.stdout, size / rate, total)
-    with contextlib.nullcontext(sys.stdout.buffer) if raw else whole_file(args.output) as file:
-        writer = SoundWriter(file, args.stereo, rate, raw)
-        codes, interrupted = talk(mimi, gen, frames, screen, writer)
+    if args.text is not None:
+        write_on(gen, tokenizer, args.text)
+        return
+    frames, total = user_frames(args, recording, mimi.frame_size, mimi.sample_rate)
+    raw, voice = args.output == "-", moshi.config.dep_q > 0
+    screen = Screen(tokenizer, moshi.config, sys.stderr if raw else sys.stdout, 1 / mimi.frame_rate, total)
+    kept = [array.array("i") for _ in moshi.config.delays]
+    past = go_on(gen, args.history, kept) if args.history else 0
+    with whole_file(args.output) if voice and not raw else contextlib.nullcontext(sys.stdout.buffer) as file:
+        writer = SoundWriter(file, args.stereo, mimi.sample_rate, raw or not voice)
+        talk(mimi, gen, frames, screen, writer, kept)
         screen.end()
         if not screen.frames:
-            raise KeyboardInterrupt if interrupted else Problem("no sound on standard input; check the pipe")
+            raise KeyboardInterrupt
         writer.finish()
-        if args.tokens:
-            with whole_file(args.tokens) as table:
-                np.savez(table, codes=codes, delays=moshi.config.delays, frame_rate=mimi.frame_rate)
-    milliseconds, place = 1000 * screen.busy / screen.frames, "standard output" if raw else args.output
+    if args.output and not voice:
+        pieces = [screen.spell(token) for token in kept[0][past:]]
+        write_words(args.output, pieces, screen.frame_seconds, args.late)
+    milliseconds = 1000 * screen.busy / screen.frames
+    place = "standard output" if raw else plain(args.output or "not saved")
     show(f"{screen.frames} frames, {milliseconds:.1f} ms per frame, {screen}: {place}\n", sys.stderr)
-    return 130 if interrupted else 0
+    if args.tokens:
+        codes = np.array([*itertools.zip_longest(*kept, fillvalue=NO_INPUT)])[: past + screen.frames].T
+        with whole_file(args.tokens) as table:
+            np.savez(table, codes=codes, delays=moshi.config.delays, frame_rate=mimi.frame_rate)
+    if signals[0]:
+        raise KeyboardInterrupt
 
-def talk(mimi: Mimi, gen: MoshiGen, frames, screen, writer) -> tuple[np.ndarray, bool]:
-    """Prints and writes what `converse` yields, while `frames` [frame_size] come or until Ctrl-C.
-    Returns the aligned codes of all streams [1 + n_q, F], NO_INPUT where there is none; True after Ctrl-C."""
-    all_heard, all_said, interrupted = [], [], False
+def user_frames(args: argparse.Namespace, recording, size: int, rate: int):
+    """What the user says and the silence around it, in frames [size], and how many those are. Without a
+    recording it comes from the pipe, and nobody knows (None)."""
+    lead, extra = (math.ceil(seconds * rate / size) for seconds in (args.lead_seconds, args.extra_seconds))
+    silence = torch.zeros(size)
+    if not recording:
+        before, after = itertools.repeat(silence, lead), itertools.repeat(silence, extra)
+        return itertools.chain(before, pipe_frames(size), after), None
+    sound = F.pad(resample(*recording, rate), (int(args.lead_seconds * rate), 0))  # as officially
+    frames = [*F.pad(sound, (0, -len(sound) % size)).split(size), *[silence] * extra]
+    return frames, len(frames)
+
+def go_on(gen: MoshiGen, path: str, kept: list[array.array]) -> int:
+    """Starts from the tokens of another conversation, and keeps them. Returns how many frames it had."""
+    cards, own = [gen.config.text_card] + [gen.config.card] * gen.config.n_q, gen.own
+    codes = read_tokens(path, cards, own, 1 + gen.max_delay)
+    said, past = gen.prefill(codes[None].to(gen.device)), codes.shape[1]
+    # A step gives the frame after the one that came from prefill, which without delays is a new one.
+    whole = torch.cat([codes[:own], said[0].cpu()], dim=1)[:, : past + 1 - gen.max_delay]
+    for stream, row in zip(kept, [*whole, *codes[own:]]):
+        stream.extend(row.tolist())
+    return past
+
+def write_on(gen: MoshiGen, tokenizer, text: str) -> None:
+    """A text model goes on with a text, until it ends it or its window is full."""
+    screen = Screen(tokenizer, gen.config, sys.stdout)
+    show(text, sys.stdout)
+    tokens = tokenizer.encode(text) if tokenizer else []
+    if not tokens:
+        fail("--text says nothing, or the checkpoint has no tokenizer; give it one")
+    codes = torch.tensor([[tokens]], device=gen.device)  # [1, 1, tokens]
+    said, silence = gen.prefill(codes), codes[:, :0, :1]
+    while gen.steps < gen.config.context and said.item() != tokenizer.eos_id():
+        screen.say(said.item())
+        said = gen.step(silence)
+    screen.end()
+
+def talk(mimi: Mimi, gen: MoshiGen, frames, screen, writer, kept: list[array.array]) -> None:
+    """Tells and writes what `converse` yields, while `frames` [frame_size] come or until a signal does. Then
+    `signals` holds it, or 0, and no other does anything. `kept`: lists for the streams' codes."""
     try:
         for heard, said, sound in converse(mimi, gen, screen.watch(frames)):
+            for streams, codes in ((kept[: gen.own], said), (kept[gen.own :], heard)):
+                for stream, code in zip(streams, [] if codes is None else codes[0, :, 0].tolist()):
+                    stream.append(code)
             if said is not None:
-                all_said.append(said[0].cpu())
-                screen.say(int(said[0, 0]))
+                paused = gen.pauses.shape[1] > TURN and bool(gen.pauses[0, TURN] > 0.5)
+                screen.say(int(said[0, 0]), paused)
             if sound is not None and not sound.isfinite().all():
                 fail("the checkpoint's codec makes samples that are not finite; get it again")
             if heard is not None:  # else there is no frame of the user to stand beside
-                all_heard.append(heard[0].cpu())
                 writer.add(screen.frame, None if sound is None else sound[0, 0].cpu())
                 screen.frame_done()
+        signals.append(0)
     except KeyboardInterrupt:
-        interrupted = True
-    codes = np.full((1 + gen.config.n_q, len(all_heard)), NO_INPUT)
-    for streams, tokens in ((codes[: gen.own], all_said), (codes[gen.own :], all_heard)):
-        for column, token in zip(streams.T, tokens):
-            column[:] = token[:, 0]
-    return codes, interrupted
+        signals.append(signal.SIGINT)  # Python's own; `stop` has put the true one before it
 
 def open_checkpoint(args: argparse.Namespace):
     """The checkpoint that was named, or a Problem that says what to do."""
@@ -129,23 +178,24 @@ def open_checkpoint(args: argparse.Namespace):
         fail(f"{error}; get the checkpoint again, or name another one")
 
 # ------------------------------------------------------------------------------------------- the command line
-def number(kind: type, low: int) -> Callable[[str], float]:
-    """A reader of numbers from `low` on, for argparse."""
+def number(kind: type, low: int, high: float = 10**9) -> Callable[[str], float]:
+    """A reader of numbers from `low` to `high`, for argparse."""
     def read(text: str) -> float:
         with contextlib.suppress(ValueError):
-            if low <= kind(text) <= 10**9:
+            if low <= kind(text) <= high:
                 return kind(text)
         what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"it must be {what} from {low} to 1e9, not {text!r}")
+        raise argparse.ArgumentTypeError(f"it must be {what} from {low} to {high:g}, not {text!r}")
     return read
 
+seconds = number(float, 0, 3600)
 SETTINGS = (  # option, what it is, its reader, its place in config.json, and its value when that says nothing
     ("temp", "temperature of the audio", number(float, 0), "lm_gen_config", "temp", 0.8),
     ("temp_text", "temperature of the text", number(float, 0), "lm_gen_config", "temp_text", 0.7),
     ("top_k", "audio tokens to choose from", number(int, 1), "lm_gen_config", "top_k", 250),
     ("top_k_text", "text tokens to choose from", number(int, 1), "lm_gen_config", "top_k_text", 25),
-    ("lead_seconds", "of silence first", number(float, 0), "stt_config", "audio_silence_prefix_seconds", 0),
-    ("extra_seconds", "of silence last, to answer", number(float, 0), "stt_config", "audio_delay_seconds", 5))
+    ("lead_seconds", "of silence first", seconds, "stt_config", "audio_silence_prefix_seconds", 0),
+    ("extra_seconds", "of silence last, to answer", seconds, "stt_config", "audio_delay_seconds", 5))
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line, checked as far as that goes before anything is loaded."""
@@ -153,10 +203,11 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("question", nargs="?", default=str(TINY / "question.wav"), help="WAV; '-': raw 16-bit mono 24 kHz")
-    add("-o", "--output", default="answer.wav", help="WAV (default: %(default)s); '-': raw as above")
+    add("-o", "--output", help="WAV (default: answer.wav); '-': raw as above; words: .txt, .srt, .vtt")
     add("--checkpoint", type=Path, default=TINY, help="a folder in the official format (default: tiny/)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of Moshi")
+    dtypes = "auto", "float32", "bfloat16", "float16", "int8"
+    add("--dtype", choices=dtypes, default="auto", help="of Moshi")
     add("--seed", type=number(int, 0), default=4242, help="the same one repeats a run (default: %(default)s)")
     add("--greedy", action="store_true", help="take the likeliest token everywhere")
     for name, what, reader, _, _, default in SETTINGS:
@@ -164,6 +215,8 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
         add(option, type=reader, help=f"{what} (default: the checkpoint's or {default})")
     add("--stereo", action="store_true", help="the user left, Moshi right")
     add("--tokens", metavar="RUN.npz", help="also save the aligned tokens of all streams")
+    add("--history", metavar="RUN.npz", help="go on from saved tokens")
+    add("--text", help="a text model goes on with this text")
     parser.error = fail  # type: ignore[method-assign]
     args = parser.parse_args(argv)
     check_files(args)
@@ -180,17 +233,40 @@ def check_files(args: argparse.Namespace) -> None:
         fail("--stereo and --tokens need a file, not '-'; name one")
     if args.question == "-" and sys.stdin.isatty():
         fail("'-' reads raw sound from a pipe; see --help")
-    files = [Path(name) for name in (args.question, args.output, args.tokens) if name not in ("-", None)]
-    for path in files if args.question == "-" else files[1:]:
-        if not path.parent.is_dir():
-            fail(f"{path}: the folder {path.parent} does not exist; make it first")
-        if not os.access(path.parent, os.W_OK) or path.exists() and not path.is_file():
+    files = (path for path in args.checkpoint.glob("*") if path.suffix not in (".wav", ".npz"))
+    taken = [identity(file) for file in (args.question, 0, 1, 2, *files)]  # a stream may be a file, too
+    for path in [Path(name) for name in (args.output, args.tokens) if name not in ("-", None)]:
+        folder = Path(os.path.realpath(path)).parent  # a link is written through
+        if not folder.is_dir():
+            fail(f"{path}: the folder {folder} does not exist; make it first")
+        writable = not path.exists() or path.is_file() and os.access(path, os.W_OK)
+        if not writable or not os.access(folder, os.W_OK):
             fail(f"{path} is not a file that can be written; name another one")
-        if [os.path.realpath(file) for file in files].count(os.path.realpath(path)) > 1:
-            fail(f"{path} is named twice; name another one")
+        if path.suffix.lower() in (".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".mp4", ".webm"):
+            fail(f"{path}: what is written is a WAV; name it .wav, and convert it afterwards")
+        if identity(path) in taken:
+            fail(f"{path} is in use or named twice; name another one")
+        taken.append(identity(path))
 
-def settle(args: argparse.Namespace, config: dict) -> None:
-    """Fills in from config.json, which is checked, what the command line leaves open."""
+def identity(file: str | Path | int) -> object:
+    """What all names of a file have in common, even the number of a stream; None if that is closed."""
+    try:
+        return os.stat(file)[1:3]  # its number and its device's
+    except OSError:
+        return None if isinstance(file, int) else os.path.realpath(file)
+
+def settle(args: argparse.Namespace, sizes: MoshiConfig, config: dict) -> None:
+    """Fills in from config.json, which is checked, what the command line leaves open, and checks what it
+    says against the kind of model."""
+    voice, words = sizes.dep_q > 0, Path(args.output or "").suffix.lower() in WORDS
+    if bool(args.text) != (sizes.n_q == 0):
+        fail("a text model takes --text and a text, and no other model does; name another checkpoint")
+    if args.output and words == voice or args.stereo and not voice:
+        fail(f"a voice is written to a .wav, the words of a recogniser to one of {', '.join(WORDS)}")
+    if args.output is None and voice:
+        args.output = "answer.wav"
+        check_files(args)
+    more = args.extra_seconds is None and "audio_delay_seconds" in config.get("stt_config", ())
     if args.question == "-" and args.lead_seconds is None:
         args.lead_seconds = 0  # live, silence first would stay as lag
     for name, _, reader, section, key, default in SETTINGS:
@@ -201,64 +277,19 @@ def settle(args: argparse.Namespace, config: dict) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.greedy |= not config.get("lm_gen_config", {}).get("use_sampling", True)
+    args.extra_seconds += more  # a second more than the delay, as officially
+    args.late = args.lead_seconds + config.get("stt_config", {}).get("audio_delay_seconds", 0)
 
 # ------------------------------------------------------------------------------------------------------ sound
-def read_wav(path: Path) -> tuple[Tensor, int]:
-    """The mean of all channels [T] in -1..1, and the sample rate. PCM of 8 to 32 bits, or float."""
-    again, convert = "; record or copy it again", f"; convert it: ffmpeg -i {path} -c:a pcm_s16le new.wav"
-    data = path.read_bytes()
-    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
-        fail(f"{path} is not a WAV file" + convert if data else f"{path} is an empty file" + again)
-    place, size, name, header = 12, 0, b"", b""
-    while name != b"data":  # chunks of any kind: a name, a size, contents padded to an even length
-        place += size + size % 2
-        if place + 8 > len(data):
-            fail(f"{path} ends before its sound begins" + again)
-        name, size = struct.unpack_from("<4sI", data, place)
-        place += 8
-        header = data[place : place + size] if name == b"fmt " else header
-    form, channels, rate, _, block, bits = struct.unpack_from("<HHIIHH", header.ljust(16, b"\0"))
-    if form == 0xFFFE and len(header) >= 26:  # an extensible header: the true format opens a longer name
-        form = struct.unpack_from("<H", header, 24)[0]
-    width = block // max(channels, 1)  # bytes of a sample
-    known = (form, width) in ((1, 1), (1, 2), (1, 3), (1, 4), (3, 4), (3, 8)) and width * channels == block
-    if not known or not 1000 <= rate <= 1_000_000:
-        fail(f"{path}: format {form} of {bits} bits at {rate} Hz is not read here" + convert)
-    rest, whole = len(data) - place, struct.unpack_from("<I", data, 4)[0] == len(data) - 8
-    if size == 0 and not whole or size >= 0x7FFF0000:  # its writer wrote into a pipe and could not know
-        size = rest
-    if size > rest:
-        fail(f"{path} is cut off: {rest} of {size} bytes of sound are there" + again)
-    raw = np.frombuffer(data, np.uint8, size // block * block, place)
-    if form == 3:
-        samples = raw.view(f"<f{width}")
-    else:  # whole numbers, put into the upper bytes of 32 bits; 8 bits have their zero at 128
-        wide = np.zeros((len(raw) // width, 4), np.uint8)
-        wide[:, 4 - width :] = (raw ^ 128 if width == 1 else raw).reshape(-1, width)
-        samples = wide.view("<i4")[:, 0] / np.float32(2**31)
-    if not len(samples) or not np.isfinite(samples).all():
-        fail(f"{path} holds {'samples that are not finite numbers' if len(samples) else 'no sound'}" + again)
-    return torch.from_numpy(samples.clip(-1, 1).reshape(-1, channels).mean(axis=1, dtype=np.float32)), rate
-
-def resample(x: Tensor, rate_in: int, rate_out: int) -> Tensor:
-    """x [T] at `rate_in` Hz -> [ceil(T * rate_out / rate_in)] at `rate_out` Hz, by its spectrum. It passes up
-    to 0.8 of the lower Nyquist frequency and stops at that; the slope between keeps clicks from ringing."""
-    if rate_in == rate_out:
-        return x
-    up, down = rate_out // math.gcd(rate_in, rate_out), rate_in // math.gcd(rate_in, rate_out)
-    blocks = math.ceil(len(x) / down) + math.ceil(100 / up)  # silence at the end: a spectrum goes round
-    spectrum = torch.fft.rfft(F.pad(x, (0, blocks * down - len(x))))
-    limit = blocks * min(up, down) / 2  # the lower Nyquist frequency, as an index into the spectrum
-    share = (torch.arange(len(spectrum)) / limit - 0.8) / 0.2
-    gain = (1 + torch.cos(math.pi * share.clamp(0, 1))) / 2
-    y = torch.fft.irfft(spectrum * gain, n=blocks * up) * (up / down)
-    return y[: -(-len(x) * up // down)]
-
 def pipe_frames(frame_size: int) -> Iterator[Tensor]:
     """Frames [frame_size] of raw 16-bit mono as they come from standard input, the last one zero-padded."""
-    while data := sys.stdin.buffer.read(2 * frame_size):
+    data = sys.stdin.buffer.read(2 * frame_size)
+    if not data or data[8:12] == b"WAVE":
+        fail("no sound on standard input, or a WAV instead of raw; check the pipe, or record with -t raw")
+    while data:
         samples = torch.from_numpy(np.frombuffer(data, "<i2", len(data) // 2) / np.float32(32768))
         yield F.pad(samples, (0, frame_size - len(samples)))
+        data = sys.stdin.buffer.read(2 * frame_size)
 
 class SoundWriter:
     """Writes 16-bit sound by the frame: Moshi alone, or the user left and Moshi right; raw or as a WAV."""
@@ -285,42 +316,46 @@ class SoundWriter:
         if not self.raw:
             self.file.truncate(44 + self.size)  # Ctrl-C may have come in the middle of a write
             self.file.seek(0)
-            self.file.write(struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", 36 + self.size, b"WAVEfmt ", 16, 1,
-                                        self.channels, self.rate, 2 * self.channels * self.rate,
-                                        2 * self.channels, 16, b"data", self.size))
+            self.file.write(wav_header(self.size, self.channels, self.rate))
 
 # -------------------------------------------------------------------------------------- terminal and signals
-def show(text: str, stream) -> None:
-    """Prints at once. When the reader of `stream` has gone, what is written to it goes nowhere."""
-    try:
-        print(text, end="", file=stream, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
 class Screen:
     """What one sees meanwhile: the inner monologue on `stream`, a progress line on standard error."""
-    def __init__(self, tokenizer, config, stream, frame_seconds: float, total: int | None):
+    def __init__(self, tokenizer, config, stream, frame_seconds: float = 0, total: int | None = None):
         self.tokenizer, self.stream, self.frame_seconds = tokenizer, stream, frame_seconds
         self.silent = (config.existing_text_padding_id, config.existing_text_end_padding_id)
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may come byte by byte
         self.of = f" of {total * frame_seconds:.1f}" if total else ""
-        self.frames, self.busy, self.shown = 0, 0.0, time.monotonic()
+        self.frames, self.busy, self.shown, self.begun = 0, 0.0, time.monotonic(), False
+        self.apart = identity(1) != identity(2)  # else a progress line would break into the words
 
     def watch(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
         """The user's frames [T] -> [1, 1, T]. Waiting for one is no work: it counts from when it came."""
         for frame in frames:
+            if signals:  # its KeyboardInterrupt was raised where Python swallows it
+                raise KeyboardInterrupt
             self.frame, self.came = frame, time.monotonic()
             yield frame[None, None]
 
-    def say(self, token: int) -> None:
-        """Prints a token: a piece of a word, a single byte (<0xE2>), or without a tokenizer its number."""
+    def spell(self, token: int) -> bytes | None:
+        """A token in UTF-8: a piece of a word, a single byte (<0xE2>), or without a tokenizer its number.
+        PAD is no byte at all, and EPAD, which stands between words, None."""
         if token in self.silent:
-            return
+            return b"" if token == self.silent[0] else None
         known = self.tokenizer is not None and token < self.tokenizer.vocab_size()
         piece = self.tokenizer.id_to_piece(token) if known else f"▁{token}"
         is_byte = known and self.tokenizer.is_byte(token)
-        text = bytes.fromhex(piece[3:5]) if is_byte else piece.replace("▁", " ").encode()
-        show(self.utf8.decode(text), self.stream)
+        return bytes.fromhex(piece[3:5]) if is_byte else piece.replace("▁", " ").encode()
+
+    def say(self, token: int, paused: bool = False) -> None:
+        """Prints a token. When the speaker has paused, the turn is over, and its line."""
+        if token < 0:
+            fail("the model makes numbers that are not finite; try --dtype bfloat16 or float32")
+        if paused and self.begun:
+            self.end()
+        if text := self.spell(token):
+            show(self.utf8.decode(text), self.stream)
+        self.begun = bool(text) or self.begun and not paused
 
     def end(self) -> None:
         """Ends the line, after a last character that is not whole."""
@@ -332,7 +367,7 @@ class Screen:
         self.frames, self.busy = self.frames + 1, self.busy + now - self.came
         if sys.stderr.isatty():  # right of the words; the cursor goes back to where it was, and nothing wraps
             show(f"\x1b7\x1b[K\x1b[?7l  [{self}]\x1b[?7h\x1b8", sys.stderr)
-        elif now - self.shown > 5:
+        elif now - self.shown > 5 and self.apart:
             show(f"{self}\n", sys.stderr)
             self.shown = now
 
@@ -341,33 +376,23 @@ class Screen:
         return f"{done:.1f}{self.of} s, {done / max(self.busy, 1e-9):.2f} times real time"
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the program. Exit codes: 0, 2 after a problem that the user can put right, 130 after Ctrl-C."""
+    """Runs the program. Exit codes: 0, 2 after a problem that the user can put right, 128 + a signal."""
+    signals.clear()
     try:
-        return run(read_arguments(argv))
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        show("", sys.stdout)  # nobody listens any more
+        run(read_arguments(argv))
         return 0
-    except Problem as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"{error.filename or 'input or output'}: {error.strerror or error}; put that right"
+    except KeyboardInterrupt:
+        return 128 + [*signals, signal.SIGINT][0]
+    except BrokenPipeError:
+        return 0  # nobody listens any more
+    except (Problem, OSError) as error:
+        problem = plain(error) + ("; put that right" if isinstance(error, OSError) else "")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
             raise
-        problem = "out of memory; try --dtype bfloat16, another --device, or a smaller checkpoint"
-    show(f"generate.py: error: {' '.join(problem.split())}\n", sys.stderr)
+        problem = "out of memory; try a shorter recording, --dtype bfloat16, or another --device"
+    show(f"generate.py: error: {problem}\n", sys.stderr)
     return 2
 
-def interrupt_once(*_) -> None:
-    """The first Ctrl-C ends the conversation; a second one must not cost the file."""
-    signal.signal(signal.SIGINT, lambda *_: None)
-    raise KeyboardInterrupt
-
 if __name__ == "__main__":
-    for name in ("stdin", "stdout", "stderr"):
-        setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))  # None: the caller has closed it
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a word's letters
-    signal.signal(signal.SIGINT, interrupt_once)
-    sys.exit(main())
+    run_program(main)

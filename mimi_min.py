@@ -7,11 +7,11 @@
 - The first codebook is semantic (trained to follow a speech recogniser's features), the others are acoustic.
 - One way to stream: `init_state(module, batch)` makes the memory of every module inside, `forward(x, state)`
   reads and updates it in place, and `state=None` is the whole sequence at once. Both give the same numbers.
-- Helium's `Attention` and `Transformer` live here too, and the code for config and weight files, at the end.
+- Helium's `Attention` and `Transformer` live here too, and what turns configs and weights into the official
+  ones, at the end.
 From "Moshi: a speech-text foundation model for real-time dialogue" (Défossez et al. 2024, arXiv:2410.00037,
 section 3.3); the reference implementation is `moshi.models.compression.MimiModel`.
 """
-import contextlib
 import dataclasses
 import math
 import os
@@ -20,11 +20,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from files import WeightFile, to_int8, whole_file
 
 @dataclasses.dataclass
 class MimiConfig:
@@ -52,8 +53,9 @@ class MimiConfig:
         self.hop_size = math.prod(self.ratios)  # samples that SEANet turns into one vector: 960
         self.frame_size = int(self.sample_rate / self.frame_rate)  # samples in a frame: 1920
         self.stride = self.frame_size // self.hop_size  # positions of the transformers in a frame: 2
-        if self.dimension % (2 * self.num_heads) or self.n_q < 2:  # rotary embedding turns pairs
-            raise ValueError(f"config: num_heads {self.num_heads} or n_q {self.n_q} does not fit dimension")
+        if self.dimension % (2 * self.num_heads) or min(self.n_q, self.n_filters) < 2:
+            raise ValueError(f"config: num_heads {self.num_heads} does not fit dimension {self.dimension}, "
+                             f"or n_q {self.n_q} or n_filters {self.n_filters} is too small")
         if self.stride < 2 or self.stride * self.hop_size * self.frame_rate != self.sample_rate:
             raise ValueError(f"config: a frame_rate of {self.frame_rate} does not fit ratios {self.ratios}")
 
@@ -192,11 +194,13 @@ class Decoder(Layers):
 
 # ------------------------------------------------------------------------------------------------ transformer
 def rotation(positions: Tensor, head_dim: int, max_period: float) -> Tensor:
-    """The factors for `rope`: cos + i sin of each pair's angle, [T, head_dim / 2] complex."""
+    """The factors for `rope`: cos + i sin of each pair's angle, [T, head_dim / 2] complex. Frequencies are
+    float32, as officially. Angles in float32, too, would lose digits: after a day codes would change."""
     pairs = torch.arange(head_dim // 2, device=positions.device, dtype=torch.float32)
     frequencies = torch.exp(pairs * (-math.log(max_period) * 2 / head_dim))
-    angles = positions.float()[:, None] * frequencies
-    return torch.polar(torch.ones_like(angles), angles)
+    exact = torch.float32 if positions.device.type == "mps" else torch.float64  # which MPS does not have
+    angles = positions.to(exact)[:, None] * frequencies.to(exact)
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
 def rope(x: Tensor, turns: Tensor) -> Tensor:
     """Rotary position embedding (Su et al. 2021) of queries or keys x [B, H, T, head_dim], in float32.
@@ -446,13 +450,16 @@ class Mimi(nn.Module):
         return self.from_latent(self.quantizer.decode(codes, state), state)
 
 # ------------------------------------------------------------------------------------ config and weight files
+COUNTS = ("num_layers", "depformer_num_layers", "n_q", "dep_q", "delays")  # what Python counts through
+
 def check_sizes(config, may_be_zero: tuple[str, ...] = ()) -> None:
     """ValueError unless all fields hold numbers of their default's kind, above 0 and below 2**20."""
     for field in dataclasses.fields(config):
         value, is_list = getattr(config, field.name), isinstance(field.default, tuple)
         numbers = value if isinstance(value, (list, tuple)) else [value]
         kinds, lowest = {int, type(field.default)}, 0 if field.name in may_be_zero else 1e-9
-        good = numbers and all(type(number) in kinds and lowest <= number < 2**20 for number in numbers)
+        highest = 2**10 if field.name in COUNTS else 2**20
+        good = numbers and all(type(number) in kinds and lowest <= number < highest for number in numbers)
         if not good or is_list != isinstance(value, (list, tuple)):
             raise ValueError(f"config: {field.name} cannot be {value!r}")
 
@@ -504,16 +511,13 @@ def write_mimi(c: MimiConfig) -> dict:
                         "context": c.context, "max_period": c.max_period, "conv_layout": True,
                         "layer_scale": 0.01, "positional_embedding": "rope"}}
 
-@contextlib.contextmanager
-def whole_file(path: str | Path):
-    """A file to write that gets the name `path` once the block has ended well, and is gone otherwise."""
-    temporary = Path(f"{path}.{os.getpid()}.part")
+def build(kind: Callable, config, path: str | Path):
+    """A model without values, on the meta device; ValueError for sizes that no file like `path` can hold."""
     try:
-        with open(temporary, "wb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with torch.device("meta"):
+            return kind(config)
+    except (RuntimeError, TypeError, OverflowError):
+        raise ValueError(f"{path}: no file holds tensors as large as the config says; correct it") from None
 
 def official_names(model: nn.Module, rules: list[tuple[str, str]]) -> dict[str, str]:
     """Our name -> its name in the released files of every tensor in `model`. Rules: (pattern, replacement).
@@ -525,37 +529,32 @@ def official_names(model: nn.Module, rules: list[tuple[str, str]]) -> dict[str, 
 
 def newer_name(name: str) -> str:
     """The name in newer files, where an attention has a tensor for each codebook; Helium's is number 0."""
-    return re.sub(r"\.(in|out)_proj[_.]weight$", r".\1_projs.{k}.weight", name)
+    return re.sub(r"\.(in|out)_proj[_.]weight(_scb)?$", r".\1_projs.{k}.weight\2", name)
 
-def load_weights(model: nn.Module, path: str | Path, rules: list, device, dtype: torch.dtype | None) -> None:
+def take_ours(file: WeightFile, name: str, shape: torch.Size) -> Tensor:
+    """A tensor of ours by its released name: there, or in pieces, or under a newer name."""
+    newer, rows = newer_name(name), shape if name.endswith("_scb") else shape[:-1]
+    if name in file.unused and name != newer:  # an attention in a released file, all codebooks stacked
+        return file.take(name, math.prod(rows), *shape[len(rows) :]).view(shape)
+    if "{k}" not in newer or len(rows) < 2:
+        return file.take(newer.format(k=0), *shape)
+    pieces = [file.take(newer.format(k=k), *shape[1:]) for k in range(shape[0])]
+    return torch.stack(pieces) if pieces else torch.empty(shape, dtype=file.dtype)
+
+def load_weights(model: nn.Module, file: WeightFile, rules: list) -> None:
     """Fills `model`, built on the meta device, from a SafeTensors file; ValueError if that isn't its file.
-    On the CPU tensors are mapped from the file, not read, where they have the dtype (None: any)."""
-    open(path, "rb").close()  # raises the right OSError, where load_file calls every such file missing
-    try:
-        stored = load_file(path, device=str(device))
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a whole SafeTensors file ({error}); no other is read") from None
-
-    def take(name: str, *shape: int) -> Tensor:
-        if name not in stored:
-            raise ValueError(f"{path}: the tensor {name} is missing")
-        tensor = stored.pop(name)
-        if tensor.shape != shape or not tensor.is_floating_point() or tensor.itemsize < 2:
-            raise ValueError(f"{path}: {name} has the dtype {tensor.dtype} and shape {list(tensor.shape)}, "
-                             f"expected floats (16 bits or more) of the shape {list(shape)}")
-        return tensor.to(dtype)
-    weights, empty = {}, model.state_dict()
+    Where the model has int8 and the file floats, they are turned to int8, one tensor after another."""
+    weights: dict[str, Tensor] = {}
+    empty = model.state_dict()
     for ours, name in official_names(model, rules).items():
-        newer, shape = newer_name(name), empty[ours].shape
-        if name in stored and name != newer:  # an attention in a released file, all codebooks stacked
-            weights[ours] = take(name, math.prod(shape[:-1]), shape[-1]).view(shape)
-        elif "{k}" in newer and len(shape) == 3:
-            pieces = [take(newer.format(k=k), *shape[1:]) for k in range(shape[0])]
-            weights[ours] = torch.stack(pieces) if pieces else torch.empty(shape, dtype=dtype)
-        else:
-            weights[ours] = take(newer.format(k=0), *shape)
-    if stored:
-        raise ValueError(f"{path}: the tensor {min(stored)} is not known, does the config fit the file?")
+        if ours in weights:  # scales, which were made with their weights
+            continue
+        weights[ours] = tensor = take_ours(file, name, empty[ours].shape)
+        if empty[ours].dtype == torch.int8 != tensor.dtype:
+            weights[ours], weights[f"{ours}_scb"] = to_int8(tensor)
+    if file.unused:
+        unknown = f"the tensor {min(file.unused)} is not known"
+        raise ValueError(f"{file.path}: {unknown}, does the config fit the file?")
     model.load_state_dict(weights, assign=True)
 
 def save_weights(model: nn.Module, path: str | Path, rules: list) -> None:
@@ -563,7 +562,8 @@ def save_weights(model: nn.Module, path: str | Path, rules: list) -> None:
     tensors, weights = {}, model.state_dict()
     for ours, name in official_names(model, rules).items():
         name, tensor = newer_name(name), weights[ours]
-        pieces = enumerate(tensor) if "{k}" in name and tensor.dim() == 3 else [(0, tensor)]
+        stacked = "{k}" in name and tensor.dim() + name.endswith("_scb") == 3
+        pieces = enumerate(tensor) if stacked else [(0, tensor)]
         tensors.update({name.format(k=k): piece.contiguous() for k, piece in pieces})
     with whole_file(path) as file:
         save_file(tensors, file.name)  # replaces the file by one that only its owner may read
@@ -589,9 +589,8 @@ MIMI_NAMES = [
 def load_mimi(path: str | Path, config: MimiConfig | None = None, num_codebooks=8, device="cpu") -> Mimi:
     """Mimi from an official SafeTensors file, in float32; `config` None is the released one.
     On CUDA set torch.backends.cudnn.allow_tf32 = False: TF32 is the default there and can change codes."""
-    with torch.device("meta"):
-        mimi = Mimi(config or MimiConfig())
-    load_weights(mimi, path, MIMI_NAMES, device, torch.float32)
+    mimi = build(Mimi, config or MimiConfig(), path)
+    load_weights(mimi, WeightFile(path, device, torch.float32), MIMI_NAMES)
     mimi.num_codebooks = num_codebooks
     return mimi.eval()
 

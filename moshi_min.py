@@ -11,10 +11,11 @@
 From "Moshi: a speech-text foundation model for real-time dialogue" (Défossez et al. 2024, arXiv:2410.00037,
 section 3.4); the reference implementation is `moshi.models.lm`. Helium's attention is in mimi_min.py.
 """
+import contextlib
 import dataclasses
 import json
 import math
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
-from mimi_min import (TRANSFORMER_NAMES, Attention, Mimi, MimiConfig, Transformer, TransformerLayer,
+from files import WeightFile, open_regular, read_json, to_int8
+from mimi_min import (TRANSFORMER_NAMES, Attention, Mimi, MimiConfig, Transformer, TransformerLayer, build,
                       check_official, check_sizes, init_state, load_mimi, load_weights, reset_state,
                       save_mimi, save_weights)
 
@@ -268,10 +270,8 @@ class Int8Linear(nn.Module):
     packed_up_to = 16  # rows of x: for more it is faster to turn the weights into floats first
     def __init__(self, weight: Tensor):
         super().__init__()
-        half = weight.half()  # as the released files were made
-        largest = half.abs().amax(dim=-1).float()
-        whole = (half * (127 / largest.clamp(min=1e-9))[..., None]).round()
-        self.register_buffer("weight", whole.to(torch.int8))
+        whole, largest = to_int8(weight)
+        self.register_buffer("weight", whole)
         self.register_buffer("weight_scb", largest)  # [D_out], what 127 stands for; [K, D_out] for codebooks
 
     def forward(self, x: Tensor, codebooks: slice = slice(None)) -> Tensor:
@@ -383,8 +383,9 @@ class MoshiGen:
         """The user's codes [B, n_q - dep_q, 1] -> tokens [B, 1 + dep_q, 1], text first, or None at the start.
         Step s hears the user's frame s - 1 (step 0 nothing) and completes Moshi's frame s - max(delays).
         `text` [B] and `audio` [B, dep_q] force the tokens that are made now, in delayed time; -2 samples one.
-        Random numbers are drawn all the same. ValueError for codes of another shape. A recogniser with
-        `extra_heads` leaves in `pauses` [B, heads] the probabilities that its speaker has paused so long."""
+        Random numbers are drawn all the same. ValueError for codes of another shape. Where the logits are
+        not finite, the text that comes back is -2. A recogniser's `extra_heads` leave in `pauses` [B, heads]
+        how probable it is that the speaker has paused for so long."""
         expected = [len(self.strip), self.config.n_q - self.config.dep_q, 1]
         if list(user_codes.shape) != expected:
             raise ValueError(f"a step takes user codes {expected}, not {list(user_codes.shape)}")
@@ -407,17 +408,20 @@ class MoshiGen:
         # A token is forced by the caller, or by a prefill that reaches beyond this step.
         forced = torch.where(forced == UNGENERATED, strip[:, :own, now + 1], forced)
         made: list[Tensor] = []
+        total = text_logits[:, 0].sum(-1, dtype=torch.float32)  # of all logits: finite if each of them is
         past: list[list[Tensor]] = [[] for _ in range(self.config.depformer_num_layers)]
         for k in range(own):  # the text, then the codebooks, each seeing the one before
             if k == 0:
                 token = sample(text_logits[:, 0], self.temp_text, self.top_k_text)
             else:
                 logits = self.moshi.depth_decoder(hidden[:, 0], made[-1][None], k - 1, past)[0]
+                total = total + logits.sum(-1, dtype=torch.float32)
                 token = sample(logits, self.temp, self.top_k)
             made.append(torch.where(forced[:, k] == UNGENERATED, token, forced[:, k]))
         strip[:, :own, now + 1] = torch.stack(made, dim=1)
 
         frame = strip[:, self.streams[:own], 1 + self.delays[:own]]
+        frame[:, 0].masked_fill_(~total.isfinite()[:, None], UNGENERATED)  # the host sees the text anyway
         strip[:, :, :-1] = strip[:, :, 1:].clone()
         self.offset += 1
         return frame
@@ -443,11 +447,12 @@ class MoshiGen:
 # ------------------------------------------------------------------------------------------------ checkpoints
 MOSHI_FILE, MIMI_FILE = "model.safetensors", "tokenizer-e351c8d8-checkpoint125.safetensors"
 TOKENIZER_FILE, MIMI_CONFIG_FILE = "tokenizer_spm_32k_3.model", "mimi_config.json"
+ADAPTERS = "holds LoRA adapters; add them to their base: python tools/convert.py FOLDER OUT"
 
 class Checkpoint(NamedTuple):
     """A whole checkpoint folder."""
     moshi: Moshi
-    mimi: Mimi
+    mimi: Mimi | None  # None where there is no sound, in a text model
     tokenizer: SentencePieceProcessor | None  # None where the folder has none
     config: dict  # what config.json says, `lm_gen_config` (sampling) and `stt_config` (silences) among it
 
@@ -456,23 +461,29 @@ def load_checkpoint(folder: str | Path, device="cpu", dtype: torch.dtype | None 
     float32 for a narrow model. What is missing raises FileNotFoundError, what is wrong ValueError."""
     folder, config, moshi_config, mimi_config = Path(folder), {}, MoshiConfig(), MimiConfig()
     if (folder / "config.json").exists():
-        config = read_json(folder / "config.json")
-        moshi_config = MoshiConfig.from_dict(config)
-        check_settings(config)
+        config = read_json(folder / "config.json", check_settings)
+        moshi_config = read_json(folder / "config.json", MoshiConfig.from_dict)
     if config.get("mimi_config_name"):
-        mimi_config = MimiConfig.from_dict(read_json(folder / config["mimi_config_name"]))
-    if moshi_config.card != mimi_config.bins:
-        raise ValueError(f"config: card {moshi_config.card}, but Mimi has {mimi_config.bins} tokens")
+        mimi_config = read_json(folder / config["mimi_config_name"], MimiConfig.from_dict)
+    adapters = [folder / str(name) for name in (config.get("lora_name"), "lora.safetensors")]
+    if config.get("lora") and any(path.is_file() for path in adapters):
+        raise ValueError(f"{folder} {ADAPTERS}")
     dtype = dtype or (torch.float32 if moshi_config.dim <= 1024 else torch.bfloat16)
-    codebooks = max(moshi_config.dep_q, moshi_config.n_q - moshi_config.dep_q)
-    mimi = load_mimi(folder / config.get("mimi_name", MIMI_FILE), mimi_config, codebooks, device)
+    mimi, codebooks = None, max(moshi_config.dep_q, moshi_config.n_q - moshi_config.dep_q)
+    if codebooks:
+        if moshi_config.card != mimi_config.bins:
+            raise ValueError(f"config: card {moshi_config.card}, but Mimi has {mimi_config.bins} tokens")
+        mimi = load_mimi(folder / config.get("mimi_name", MIMI_FILE), mimi_config, codebooks, device)
     moshi = load_moshi(folder / config.get("moshi_name", MOSHI_FILE), moshi_config, device, dtype)
     tokenizer, path = None, folder / config.get("tokenizer_name", TOKENIZER_FILE)
     if "tokenizer_name" in config or path.exists():
-        open(path, "rb").close()  # its OSError says what is wrong
+        with open_regular(path, 2**27) as file:
+            proto = file.read()
         try:
-            tokenizer = SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
+            tokenizer = SentencePieceProcessor()
+            tokenizer.LoadFromSerializedProto(proto)
+            tokenizer.id_to_piece(list(range(tokenizer.vocab_size())))  # an error where one isn't UTF-8
+        except (RuntimeError, ValueError) as error:
             raise ValueError(f"{path}: not a SentencePiece model ({error})") from None
     return Checkpoint(moshi, mimi, tokenizer, config)
 
@@ -481,34 +492,33 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> None:
     `lm_gen_config` and what else `config.json` may say from `checkpoint.config`."""
     folder, (moshi, mimi, tokenizer, config) = Path(folder), checkpoint
     folder.mkdir(parents=True, exist_ok=True)
+    int8 = any(isinstance(part, Int8Linear) for part in moshi.modules())
+    config = {**config, **moshi.config.to_dict(), "moshi_name": MOSHI_FILE, "quantize": int8, "lora": False}
+    for name in ("tokenizer_name", "lora_name"):  # the tokenizer has the usual one, if it is there
+        config.pop(name, None)
     save_moshi(moshi, folder / MOSHI_FILE)
-    save_mimi(mimi, folder / MIMI_FILE)
-    names = {"moshi_name": MOSHI_FILE, "mimi_name": MIMI_FILE, "mimi_config_name": MIMI_CONFIG_FILE}
-    config = {**config, **moshi.config.to_dict(), **names}
-    config.pop("tokenizer_name", None)  # it has the usual one, if it is there
+    if mimi is not None:
+        save_mimi(mimi, folder / MIMI_FILE)
+        (folder / MIMI_CONFIG_FILE).write_text(json.dumps(mimi.config.to_dict(), indent=1) + "\n")
+        config |= {"mimi_name": MIMI_FILE, "mimi_config_name": MIMI_CONFIG_FILE}
     if tokenizer is not None:
         (folder / TOKENIZER_FILE).write_bytes(tokenizer.serialized_model_proto())
-    for name, content in (("config.json", config), (MIMI_CONFIG_FILE, mimi.config.to_dict())):
-        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 def load_moshi(path: str | Path, config: MoshiConfig | None = None, device="cpu",
                dtype: torch.dtype | None = torch.bfloat16) -> Moshi:
-    """Moshi from an official SafeTensors file; `config` None is the released 7B, `dtype` None the file's."""
-    with torch.device("meta"):
-        moshi = Moshi(config or MoshiConfig())
-    load_weights(moshi, path, MOSHI_NAMES, device, dtype)
+    """Moshi from an official SafeTensors file; `config` None is the released 7B, `dtype` None the file's.
+    A file of int8 opens as such. torch.int8 quantizes one of floats, and what stays floats is bfloat16."""
+    moshi = build(Moshi, config or MoshiConfig(), path)
+    file = WeightFile(path, device, dtype)
+    if any(".lora_" in name for name in file.unused):
+        raise ValueError(f"{path} {ADAPTERS}")
+    load_weights(quantize(moshi) if file.int8 else moshi, file, MOSHI_NAMES)
     return moshi.eval()
 
 def save_moshi(moshi: Moshi, path: str | Path) -> None:
     """Writes the official file, in the dtype that the model has."""
     save_weights(moshi, path, MOSHI_NAMES)
-
-def read_json(path: Path) -> dict:
-    """The JSON object in a file."""
-    try:
-        return {**json.loads(path.read_text())}  # a TypeError if it isn't an object
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON object ({error})") from None
 
 MOSHI_NAMES = [  # as MIMI_NAMES; a codebook {k} has a tensor of its own in the file
     (r"^audio_embs", "emb"),  # emb.3.weight
@@ -548,7 +558,8 @@ def read_moshi(official: dict) -> MoshiConfig:
     for key in ("num_layers", "kv_repeat", "gating", "layer_scale"):
         given.setdefault(f"depformer_{key}", given.get(key))
     if given["depformer_dim_feedforward"] in (0, None):
-        given["depformer_dim_feedforward"] = int(given["hidden_scale"] * given["depformer_dim"])
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # one is no number: said below
+            given["depformer_dim_feedforward"] = int(given["hidden_scale"] * given["depformer_dim"])
     sizes = {field.name: given.get(field.name) for field in dataclasses.fields(MoshiConfig)}
     config, ignored = MoshiConfig(**sizes), {key: given.get(key) for key in MOSHI_IGNORED}
     check_official(given, {**MOSHI_FIXED, **ignored, **config.to_dict()}, "config")
@@ -573,13 +584,19 @@ def check_moshi_fits(config: MoshiConfig) -> None:
     if max(config.existing_text_padding_id, config.existing_text_end_padding_id) >= config.text_card:
         raise ValueError("config: the padding tokens must be below text_card")
 
-def check_settings(config: dict) -> None:
-    """ValueError unless names of files are text, and `lm_gen_config` has only keys that are known."""
+def check_settings(config: dict) -> dict:
+    """ValueError unless names of files stay in the folder, which may come from anybody, and `lm_gen_config`
+    says what it may."""
     for key in ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name"):
-        if not isinstance(config.get(key, ""), str):
-            raise ValueError(f"config: {key} must be the name of a file, not {config[key]!r}")
+        name = config.get(key, "")
+        if isinstance(name, str) and name.startswith("hf://"):  # hf://owner/repository/file
+            config[key] = name = name.rpartition("/")[2]
+        path = PureWindowsPath(name if isinstance(name, str) else "/")  # knows / and \, drives too
+        if path.anchor or ".." in path.parts or "\0" in name:
+            raise ValueError(f"config: {key} must be the name of a file in the folder, not {name!r}")
     sampling = config.get("lm_gen_config", {})
     if not isinstance(sampling, dict) or type(sampling.get("use_sampling", True)) is not bool:
         raise ValueError(f"config: lm_gen_config cannot be {sampling!r}")
     if unknown := sampling.keys() - {"temp", "temp_text", "top_k", "top_k_text", "use_sampling"}:
         raise ValueError(f"config: lm_gen_config has the unknown key {min(unknown)!r}")
+    return config

@@ -34,7 +34,9 @@ def old_int8(state):
 
 # ---- LoRA, as moshi-finetune saves it ----------------------------------------------------------------------
 
-LORA = lm_config(dim=40, num_heads=4, n_q=5, dep_q=3, delays=[0, 0, 1, 1, 0, 1], depformer_dim_feedforward=None)
+LORA = lm_config(
+    dim=40, num_heads=4, n_q=5, dep_q=3, delays=[0, 0, 1, 1, 0, 1], depformer_dim_feedforward=None
+)
 
 
 def adapters(lm, rank, scale, seed, tables=()):
@@ -114,7 +116,12 @@ def conditions(lm, quality, batch):
 # ---- PersonaPlex -------------------------------------------------------------------------------------------
 
 PERSONAPLEX = lm_config(
-    n_q=6, dep_q=6, depformer_context=6, delays=[0, 0, 1, 1, 0, 1, 1], model_type="personaplex", version="7b-v1"
+    n_q=6,
+    dep_q=6,
+    depformer_context=6,
+    delays=[0, 0, 1, 1, 0, 1, 1],
+    model_type="personaplex",
+    version="7b-v1",
 )
 
 
@@ -177,5 +184,3 @@ class PersonaPlexGen:
                 if not self.given[k, now]:
                     self.said[k, now] = token
                 previous = self.said[k, now].view(1, 1, 1)
-
-

@@ -22,8 +22,8 @@ from queue import Queue
 from typing import NamedTuple, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("mimi_min.py", "moshi_min.py", "generate.py", "pyproject.toml")
-FOLDERS = ("tests", "tiny", "lessons")
+FILES = ("mimi_min.py", "moshi_min.py", "generate.py", "files.py", "pyproject.toml")
+FOLDERS = ("tests", "tiny", "lessons", "tools")
 PYTEST = "-m pytest -x -q --no-header -p no:cacheprovider".split()
 PATIENCE = 1800  # seconds, after which tests that still run have noticed an endless loop
 

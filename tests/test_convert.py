@@ -49,7 +49,13 @@ def same_as_official(out, official, config, steps=80, batch=2, **options):
 
 # ---- LoRA --------------------------------------------------------------------------------------------------
 
-TABLES = ("emb.0.weight", "emb.4.weight", "text_emb.weight", "depformer_emb.1.weight", "depformer_text_emb.weight")
+TABLES = (
+    "emb.0.weight",
+    "emb.4.weight",
+    "text_emb.weight",
+    "depformer_emb.1.weight",
+    "depformer_text_emb.weight",
+)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "older names"])
@@ -114,7 +120,9 @@ INT8 = {
 def official_int8(official):
     """The tensors of the official QLinear, by its formula: (those of an int8 file, the weights that they mean)."""
     stored, meant = {}, {}
-    linear = {f"{name}.weight" for name, part in official.named_modules() if isinstance(part, torch.nn.Linear)}
+    linear = {
+        f"{name}.weight" for name, part in official.named_modules() if isinstance(part, torch.nn.Linear)
+    }
     for name, weight in official.state_dict().items():
         stored[name] = meant[name] = weight
         if name in linear:
@@ -133,7 +141,12 @@ def test_from_int8(tmp_path, name, old):
     official = official_lm(config, seed=6)
     stored, meant = official_int8(official)
     stored = old_int8(stored) if old else stored
-    write_folder(tmp_path / "q8", {**config, "quantize": True, "moshi_name": "hf://a/b/model.q8.safetensors"}, stored, "model.q8.safetensors")
+    write_folder(
+        tmp_path / "q8",
+        {**config, "quantize": True, "moshi_name": "hf://a/b/model.q8.safetensors"},
+        stored,
+        "model.q8.safetensors",
+    )
     convert.convert(tmp_path / "q8", tmp_path / "out")
     made = load_file(tmp_path / "out" / MOSHI_FILE)
     assert made.keys() == meant.keys()

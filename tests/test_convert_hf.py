@@ -9,8 +9,10 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -142,11 +144,12 @@ def hf_moshi(name):
     return randomise(transformers.MoshiForConditionalGeneration(config), seed=len(name))
 
 
-def run_tool(folder, out):
+def run_tool(folder, out, cwd=None):
     """The tool as its user runs it: (exit code, stdout, stderr)."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "convert.py"), str(folder), str(out)],
         capture_output=True,
+        cwd=cwd,
         text=True,
         timeout=120,
     )
@@ -422,7 +425,9 @@ def test_dtype_and_tokenizer(tmp_path):
     assert (out / TOKENIZER_FILE).read_bytes() == b"as it is"
     for name in (MOSHI_FILE, MIMI_FILE):
         assert {tensor.dtype for tensor in load_file(out / name).values()} == {torch.bfloat16}
-    config = hugging_face.moshi_config(model.config.to_dict(), model.config.depth_decoder_config.to_dict(), "x")
+    config = hugging_face.moshi_config(
+        model.config.to_dict(), model.config.depth_decoder_config.to_dict(), "x"
+    )
     moshi = load_moshi(out / MOSHI_FILE, config, dtype=None)
     assert moshi.text_emb.weight.equal(model.decoder.model.embed_tokens.weight)
     assert moshi.depth_decoder.output_proj.weight.equal(model.depth_decoder.lm_heads.weight)
@@ -512,6 +517,30 @@ BAD = {  # what is done to a good folder -> what the line says
         lambda f: change_tensors(f / "model.safetensors", lambda t: t.update({HEAD: t[HEAD].int()})),
         f"{HEAD} is of the kind I32, expected",
     ),
+    "nan": (lambda f: change_json(f / "config.json", rope_theta=math.nan), "config.json"),
+    "beyond floats": (lambda f: (f / "config.json").write_text('{"rope_theta": 1e999}'), "config.json"),
+    "without a bottom": (lambda f: (f / "config.json").write_text('{"a":' * 10**5), "config.json"),
+    "huge": (lambda f: change_json(f / "config.json", hidden_size=10**400), "dim cannot be"),
+    "huge rate": (
+        lambda f: change_json(f / "config.json", audio_encoder_config__sampling_rate=10**400),
+        "sample_rate cannot be",
+    ),
+    "a million layers": (
+        lambda f: change_json(f / "config.json", num_hidden_layers=10**6 // 2),
+        "num_layers cannot be 500000",
+    ),
+    "far too many strides": (
+        lambda f: change_json(f / "config.json", audio_encoder_config__upsampling_ratios=[1] * 70 + [5, 2]),
+        "config.json",
+    ),
+    "weights are a pipe": (
+        lambda f: ((f / "model.safetensors").unlink(), os.mkfifo(f / "model.safetensors")),
+        "neither model.safetensors",
+    ),
+    "config is a pipe": (
+        lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")),
+        "a pipe",
+    ),
     "more layers": (lambda f: change_json(f / "config.json", num_hidden_layers=3), "decoder.model.layers.2."),
 }
 
@@ -536,7 +565,7 @@ def test_bad_input(good_folder, tmp_path, what):
     folder = copy(good_folder, tmp_path / "hf")
     spoil, says = BAD[what]
     spoil(folder)
-    with pytest.raises(ValueError, match=re.escape(says)):
+    with pytest.raises((ValueError, OSError), match=re.escape(says)):
         convert.convert(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] in (["hf"], ["away"])
 
@@ -578,6 +607,59 @@ def test_bad_shards(tmp_path):
         with pytest.raises(ValueError, match="no weight_map"):
             convert.convert(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_tensor_in_two_shards(good_folder, tmp_path):
+    """Which of the two is meant, nobody can know."""
+    folder = copy(good_folder, tmp_path / "hf")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file({HEAD: tensors[HEAD]} if name[0] == "a" else tensors, folder / name)
+    weight_map = dict.fromkeys(tensors, "b.safetensors") | {HEAD: "a.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=f"b.safetensors: the tensor {HEAD} is in another shard"):
+        convert.convert(folder, tmp_path / "out")
+
+
+def test_outputs_that_are_something_else(good_folder, tmp_path, monkeypatch):
+    """A file, a link, the current folder: a plain line, and they stay as they are."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "nowhere").symlink_to("absent")
+    monkeypatch.chdir(tmp_path / "empty")
+    for out in ("../file", "../link", "../nowhere", ".", "../empty", "../file/out"):
+        code, said, err = run_tool(good_folder, out, cwd=tmp_path / "empty")
+        assert code == 2 and not said and err.count("\n") == 1 and "Errno" not in err, err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "link", "nowhere"]
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_a_mark_and_a_long_key(good_folder, tmp_path):
+    """A byte order mark is no harm; what a file says is cut short and shown without control characters."""
+    folder = copy(good_folder, tmp_path / "hf")
+    path = folder / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert run_tool(folder, tmp_path / "out")[0] == 0
+    path.write_text(
+        json.dumps({**json.loads(path.read_text("utf-8-sig")), "model_type": "\x1b[31m" + "x" * 9999})
+    )
+    code, _, err = run_tool(folder, tmp_path / "more")
+    assert code == 2 and err.strip().isprintable() and len(err) < 600
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("wait", [0.2, 1.0, 2.5])
+def test_signals(good_folder, tmp_path, ending, wait):
+    """While it imports or writes: nothing is left but what is whole, and no traceback."""
+    command = [sys.executable, ROOT / "tools" / "convert.py", good_folder, tmp_path / "out"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        time.sleep(wait)
+        process.send_signal(ending)
+        assert process.wait(30) in (0, 128 + ending) and process.stderr.read() == b""
+    left = [path.name for path in tmp_path.iterdir()]
+    assert left in ([], ["out"]) and (not left or len(list((tmp_path / "out").iterdir())) == 4)
 
 
 def test_disk_full(good_folder, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The house rules of the three files: their length, their lines, their imports, their docstrings."""
+"""The house rules of the three files, and of files.py: length, lines, imports, docstrings."""
 
 import ast
 import re
@@ -7,8 +7,14 @@ import sys
 import pytest
 from conftest import ROOT
 
-FILES = ("mimi_min.py", "moshi_min.py", "generate.py")
-MAY_IMPORT = {"mimi_min.py": set(), "moshi_min.py": {"mimi_min"}, "generate.py": {"moshi_min", "mimi_min"}}
+THREE = ("mimi_min.py", "moshi_min.py", "generate.py")
+FILES = (*THREE, "files.py")
+MAY_IMPORT = {
+    "files.py": set(),
+    "mimi_min.py": {"files"},
+    "moshi_min.py": {"files", "mimi_min"},
+    "generate.py": {"files", "mimi_min", "moshi_min"},
+}
 PACKAGES = {"torch", "numpy", "sentencepiece", "safetensors"}
 
 
@@ -17,9 +23,10 @@ def lines(name):
     return (ROOT / name).read_text().splitlines()
 
 
-def test_three_files_hold_at_most_1500_lines():
-    counts = {name: len(lines(name)) for name in FILES}
-    assert sum(counts.values()) <= 1500, counts
+def test_three_files_hold_at_most_1600_lines():
+    counts = {name: len(lines(name)) for name in THREE}
+    assert sum(counts.values()) <= 1600, counts
+    assert len(lines("files.py")) <= 400
 
 
 @pytest.mark.parametrize("name", FILES)

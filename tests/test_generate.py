@@ -287,7 +287,7 @@ BAD_WAVS = {
     "header cut": (wav(voice(0.1))[:30], "ends before"),
     "no samples": (wav([]), "no sound"),
     "no samples, then a chunk": (wav([], after=STRAY), "no sound"),
-    "data cut": (wav(voice(0.1))[:-100], "cut off"),
+    "no whole sample": (wav(voice(0.1))[:45], "no sound"),
     "no format": (b"RIFF\0\0\0\0WAVE" + chunk(b"data", bytes(100)), "not read here"),
     "short format": (
         b"RIFF\0\0\0\0WAVE" + chunk(b"fmt ", b"\1\0") + chunk(b"data", bytes(100)),
@@ -781,16 +781,15 @@ def test_live_frames_come_at_once_and_ctrl_c_keeps_a_whole_file(checkpoint, tmp_
     ) as run:
         run.stdin.write(raw[: 10 * 3840])
         run.stdin.flush()
-        part = tmp_path / f"a.wav.{run.pid}.part"
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not (part.exists() and part.stat().st_size >= 44 + 10 * 7680):
+        deadline, sizes = time.monotonic() + 60, [0]
+        while time.monotonic() < deadline and max(sizes) < 44 + 10 * 7680:
             time.sleep(0.02)
+            sizes = [path.stat().st_size for path in tmp_path.glob("*.part")] or [0]
         assert (tmp_path / "a.wav").read_bytes() == b"old"
         for _ in range(20):  # impatient: those after the first must not cost the file
             run.send_signal(signal.SIGINT)
             time.sleep(0.0003)
-        # Python's own handler is gone while it shuts down: then the last one ends it; a shell sees 130 too.
-        assert run.wait(20) in (130, -signal.SIGINT)
+        assert run.wait(20) == 130
         assert "Traceback" not in run.stderr.read().decode()
     assert parse((tmp_path / "a.wav").read_bytes()).shape == (11 * FRAME, 2)
     assert np.load(tmp_path / "run.npz")["codes"].shape == (17, 10)

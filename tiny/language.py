@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from codec import finished_codec
+from files import whole_file
 from loop import DEVICE, FOLDER, in_16_bits, pick, progress, random_numbers, train, write_curve
-from mimi_min import whole_file
 from moshi_min import MOSHI_FILE, NO_INPUT, Checkpoint, Moshi, MoshiConfig, save_checkpoint
 from speech import FRAME, NUMBERS, RATE, Speech, Turn, all_turns
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mimi_min import whole_file
+from files import whole_file
 
 FOLDER = Path(__file__).resolve().parent  # where the checkpoint goes
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from files import whole_file
 from loop import FOLDER, forget, needed, progress, random_numbers
-from mimi_min import whole_file
 
 RATE, FRAME = 24000, 1920  # samples a second, samples a frame
 

@@ -27,17 +27,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-ENDINGS = [getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
 if __name__ == "__main__":  # while torch takes its second to load, there is nothing to lose or to clean up
-    for ending in ENDINGS:
-        signal.signal(ending, lambda number, _: os._exit(128 + number))
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        ending = getattr(signal, name, signal.SIGINT)
+        if signal.getsignal(ending) != signal.SIG_IGN:
+            signal.signal(ending, lambda number, _: os._exit(128 + number))
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hugging_face  # noqa: E402
 import relatives  # noqa: E402
 from lazy import Plan, write  # noqa: E402
 
-from files import plain  # noqa: E402
+from files import plain, run_program, show, signals  # noqa: E402
 from moshi_min import MOSHI_FILE  # noqa: E402
 
 
@@ -100,39 +101,32 @@ def convert(
 
 def main() -> int:
     """Exit codes: 0, 2 after what can be put right, 128 + a signal."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="what is to be converted")
     add("out", type=Path, metavar="OUT", help="a new or empty folder")
-    add("--base", type=Path, metavar="FOLDER", help="LoRA: the model that was trained, in the official format")
+    add(
+        "--base", type=Path, metavar="FOLDER", help="LoRA: the model that was trained, in the official format"
+    )
     add("--quality", default="very_good", help="Hibiki: the translation's (default: %(default)s)")
-    add("--dtype", choices=relatives.DTYPES, help="of the language model (default: as they are; of int8: bfloat16)")
+    add(
+        "--dtype",
+        choices=relatives.DTYPES,
+        help="of the language model (default: as they are; of int8: bfloat16)",
+    )
     arguments = parser.parse_args()
     try:
-        print(convert(**vars(arguments)))
-    except Ended as ended:
-        return 128 + ended.args[0]
+        said = convert(**vars(arguments))
+    except KeyboardInterrupt:
+        return 128 + [*signals, signal.SIGINT][0]
     except (ValueError, OverflowError, RecursionError, OSError) as error:
-        print(f"convert.py: {plain(error)}", file=sys.stderr)
+        show(f"convert.py: {plain(error)}\n", sys.stderr)
         return 2
+    show(f"{said}\n", sys.stdout)
     return 0
 
 
-class Ended(KeyboardInterrupt):
-    """A signal; its number."""
-
-
-def end(number: int, _) -> None:
-    """The first signal ends it. Those after it must not stop the cleaning up."""
-    for ending in ENDINGS:
-        signal.signal(ending, signal.SIG_IGN)
-    raise Ended(number)
-
-
 if __name__ == "__main__":
-    for ending in ENDINGS:
-        signal.signal(ending, end)
-    code = main()
-    for ending in ENDINGS:  # it is done: while Python ends, nothing else does
-        signal.signal(ending, signal.SIG_IGN)
-    sys.exit(code)
+    run_program(main)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 import mimi_min
 import moshi_min
-from mimi_min import Mimi, MimiConfig, newer_name, official_names
-from files import build, read_json
+from mimi_min import Mimi, MimiConfig, build, newer_name, official_names
+from files import read_json
 from moshi_min import MIMI_CONFIG_FILE, MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, Moshi, MoshiConfig, gated_width
 
 # ----------------------------------------------------------------------------------------------------- tables
@@ -230,9 +230,7 @@ def moshi_config(given: dict, depth: dict, what: str) -> MoshiConfig:
         kv_repeat=kv_repeat(given, fields["num_heads"], what),
         hidden_scale=scale_of(width, dim),
         depformer_kv_repeat=kv_repeat(depth, fields["depformer_num_heads"], depth_what),
-        depformer_dim_feedforward=official_width(
-            fields["depformer_dim"], depth, "ffn_dim", 5632, depth_what
-        ),
+        depformer_dim_feedforward=official_width(fields["depformer_dim"], depth, "ffn_dim", 5632, depth_what),
     )
 
 
@@ -254,7 +252,9 @@ def helium_config(given: dict, what: str) -> MoshiConfig:
 # ---------------------------------------------------------------------------------------------------- weights
 
 
-def parts(theirs: str, rows: int, config: MimiConfig | MoshiConfig, depth: bool) -> list[tuple[str, int, int]]:
+def parts(
+    theirs: str, rows: int, config: MimiConfig | MoshiConfig, depth: bool
+) -> list[tuple[str, int, int]]:
     """(name, rows, heads) of the tensors that a name of Hugging Face's stands for, one below the other."""
     several = re.search(r"\[(.+)\]", theirs)
     if several is None:
@@ -363,7 +363,9 @@ def plan(folder: Path, given: dict) -> Plan:
     if kind == "moshi":
         card = given.get("audio_vocab_size") or codec.bins
         if card != codec.bins:
-            raise ValueError(f"config.json: audio_vocab_size {card!r} is not Mimi's codebook_size {codec.bins}")
+            raise ValueError(
+                f"config.json: audio_vocab_size {card!r} is not Mimi's codebook_size {codec.bins}"
+            )
         depth = section(given, "depth_decoder_config")
         config = moshi_config({**given, "audio_vocab_size": card}, depth, "config.json")
         model = official(tensors, build(Moshi, config, folder), MOSHI_NAMES)

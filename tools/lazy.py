@@ -19,7 +19,13 @@ from torch import Tensor
 
 from files import open_regular
 
-KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
+KINDS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
+}
 
 
 class Lazy(NamedTuple):
@@ -48,7 +54,9 @@ def made(function: Callable[..., Tensor], *parts: Lazy) -> Lazy:
     except (RuntimeError, IndexError):
         shapes = ", ".join(f"{part.name} {part.shape}" for part in parts)
         raise ValueError(f"shapes that do not fit together: {shapes}") from None
-    return Lazy(parts[0].name, list(empty.shape), empty.dtype, lambda: function(*(part.read() for part in parts)))
+    return Lazy(
+        parts[0].name, list(empty.shape), empty.dtype, lambda: function(*(part.read() for part in parts))
+    )
 
 
 def read_tensor(path: Path, name: str) -> Tensor:

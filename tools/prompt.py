@@ -27,7 +27,7 @@ from lazy import open_tensors, take  # noqa: E402
 from relatives import file_name, read_config  # noqa: E402
 from sentencepiece import SentencePieceProcessor  # noqa: E402
 
-from files import plain, read_json, read_wav, resample, whole_file  # noqa: E402
+from files import plain, read_json, read_wav, resample, run_program, show, whole_file  # noqa: E402
 from mimi_min import MimiConfig, load_mimi  # noqa: E402
 from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, MoshiConfig  # noqa: E402
 
@@ -38,7 +38,9 @@ LOUDNESS = -24.0  # of a voice, in LUFS
 PAUSE = 0.5  # seconds of silence before and after the text
 
 
-def history(voice: Tensor, text: Sequence[int], config: MoshiConfig, pause: int, silence=SILENCE, tone=TONE) -> Tensor:
+def history(
+    voice: Tensor, text: Sequence[int], config: MoshiConfig, pause: int, silence=SILENCE, tone=TONE
+) -> Tensor:
     """The codes [1 + n_q, F] of all streams, aligned: voice [dep_q, N], pause, text tokens one a frame, pause."""
     silent = torch.tensor(silence)[:, None].expand(-1, 2 * pause + len(text))
     moshi = torch.cat([voice, silent], dim=1)
@@ -58,7 +60,9 @@ def weighting(size: int, rate: int) -> Tensor:
     z = torch.exp(-2j * math.pi / size * torch.arange(size // 2 + 1, dtype=torch.float64))
 
     def response(numerator: list[float], denominator: list[float]) -> Tensor:
-        return sum(c * z**n for n, c in enumerate(numerator)) / sum(c * z**n for n, c in enumerate(denominator))
+        return sum(c * z**n for n, c in enumerate(numerator)) / sum(
+            c * z**n for n, c in enumerate(denominator)
+        )
 
     angle, gain = 2 * math.pi * 1500 / rate, 10 ** (4 / 40)
     cos, slope = math.cos(angle), math.sqrt(2 * gain) * math.sin(angle)
@@ -80,7 +84,9 @@ def loudness(sound: Tensor, rate: int) -> float:
     heard = torch.fft.irfft(torch.fft.rfft(F.pad(sound.double(), (0, rate))) * weighting(size, rate), n=size)
     block, seconds = int(0.4 * rate), len(sound) / rate
     starts = [int(0.1 * number * rate) for number in range(round((seconds - 0.4) / 0.1) + 1)]
-    power = torch.stack([heard[start : min(start + block, len(sound))].square().sum() / block for start in starts])
+    power = torch.stack(
+        [heard[start : min(start + block, len(sound))].square().sum() / block for start in starts]
+    )
 
     def level(mean: Tensor) -> Tensor:
         return -0.691 + 10 * torch.log10(mean)
@@ -139,7 +145,12 @@ def voice_of_embeddings(path: Path, weights: Path, config: MoshiConfig, tone=TON
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError, TypeError, AttributeError):
         raise ValueError(f"{path}: not a voice of PersonaPlex, which holds embeddings and a cache") from None
     own, frames = config.dep_q, len(sums) + 1
-    if frames < 3 or sums.shape[1:] != (config.dim,) or len(cache) != 1 + config.n_q or cache.shape[1] < max(config.delays) + 2:
+    if (
+        frames < 3
+        or sums.shape[1:] != (config.dim,)
+        or len(cache) != 1 + config.n_q
+        or cache.shape[1] < max(config.delays) + 2
+    ):
         raise ValueError(f"{path}: its sizes are not those of the checkpoint")
     tensors = open_tensors([weights])
     text = take(tensors, "text_emb.weight", [config.text_card + 1, config.dim]).read()
@@ -188,7 +199,9 @@ def make(checkpoint: Path, out: Path, voice: Path, text: str) -> int:
 
 def main() -> int:
     """Exit codes: 0, or 2 after what can be put right."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="PersonaPlex, converted")
     add("out", type=Path, metavar="OUT.npz", help="the history")
@@ -196,12 +209,13 @@ def main() -> int:
     add("--text", default="", help="who Moshi is and what it knows")
     arguments = parser.parse_args()
     try:
-        print(f"{arguments.out}: {make(**vars(arguments))} frames")
+        frames = make(**vars(arguments))
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"prompt.py: {plain(error)}", file=sys.stderr)
+        show(f"prompt.py: {plain(error)}\n", sys.stderr)
         return 2
+    show(f"{arguments.out}: {frames} frames\n", sys.stdout)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from lazy import Lazy, Plan, made, open_tensors, take
 from torch import Tensor
 
-from files import build, read_json
-from mimi_min import newer_name, official_names
+from files import read_json, to_int8
+from mimi_min import build, newer_name, official_names
 from moshi_min import MIMI_FILE, MOSHI_FILE, MOSHI_NAMES, TOKENIZER_FILE, Moshi, MoshiConfig
 
 Tensors = dict[str, Lazy]
@@ -54,16 +54,8 @@ def is_linear(name: str, tensor: Lazy) -> bool:
     return len(tensor.shape) == 2 and "emb" not in name
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight [out, in] as int8 and the largest size in each row [out], in float32; of float16, as bitsandbytes."""
-    weight = weight.half()
-    largest = weight.abs().amax(1).float()
-    rounded = torch.round(weight * (127 / largest[:, None])).nan_to_num()  # a row of zeros: 0 / 0
-    return rounded.to(torch.int8), largest
-
-
 def scaled_rows(rows: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight that `quantize_rows` rounded."""
+    """The weight that `to_int8` rounded."""
     return (rows * largest[:, None] / 127).to(dtype)
 
 
@@ -72,8 +64,8 @@ def quantized(tensors: Tensors) -> Tensors:
     result = {}
     for name, tensor in tensors.items():
         if is_linear(name, tensor):
-            result[name] = made(lambda weight: quantize_rows(weight)[0], tensor)
-            result[f"{name}_scb"] = made(lambda weight: quantize_rows(weight)[1], tensor)
+            result[name] = made(lambda weight: to_int8(weight)[0], tensor)
+            result[f"{name}_scb"] = made(lambda weight: to_int8(weight)[1], tensor)
         else:
             result[name] = tensor
     return result
@@ -153,7 +145,9 @@ def conditioned(tensors: Tensors, given: dict, quality: str) -> Tensors:
         if only != name or not isinstance(values, list):
             raise ValueError
     except (KeyError, TypeError, ValueError):
-        raise ValueError("config.json: only a condition like Hibiki's can be converted, one word out of a list") from None
+        raise ValueError(
+            "config.json: only a condition like Hibiki's can be converted, one word out of a list"
+        ) from None
     if quality not in values:
         raise ValueError(f"--quality {quality!r}: the model knows {', '.join(map(str, values))}")
     result = {name: tensor for name, tensor in tensors.items() if not name.startswith("condition_provider.")}
@@ -235,7 +229,10 @@ def plan(folder: Path, given: dict, base: Path | None, quality: str, dtype: str 
         if MoshiConfig.from_dict({key: value for key, value in told.items() if key not in SPENT}) != sizes:
             raise ValueError(f"config.json: its sizes are not those of {base}")
 
-    weights, adapters = folder / "consolidated.safetensors", folder / file_name(given, "lora_name", "lora.safetensors")
+    weights, adapters = (
+        folder / "consolidated.safetensors",
+        folder / file_name(given, "lora_name", "lora.safetensors"),
+    )
     if not weights.is_file():
         if adapters.is_file() and base is None:
             raise ValueError(f"{adapters.name} changes another model: name its folder with --base")
