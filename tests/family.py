@@ -1,8 +1,8 @@
-"""Random relatives of Moshi as their authors publish them, for the tests of tools/convert.py and tools/prompt.py.
+"""Random relatives of Moshi as their authors publish them, for the tests of tools/convert.py and
+tools/prompt.py.
 
-Each function writes a small folder and returns the official model that it holds, where there is one. Sizes are
-odd and differ wherever two could be taken for each other.
-"""
+Each function writes a small folder and returns the official model that it holds, where there is one. Sizes
+are odd and differ wherever two could be taken for each other."""
 
 import json
 
@@ -18,11 +18,6 @@ def write_folder(folder, config, tensors, name="model.safetensors"):
     (folder / "config.json").write_text(json.dumps(config))
     save_file({key: tensor.detach().contiguous().clone() for key, tensor in tensors.items()}, folder / name)
     return folder
-
-
-def state_of(model, old):
-    """An official model's tensors, under its newer or its older names."""
-    return old_names(model.state_dict()) if old else dict(model.state_dict())
 
 
 def old_int8(state):
@@ -58,7 +53,8 @@ def adapters(lm, rank, scale, seed, tables=()):
 
 
 def old_adapters(tensors):
-    """The older names, before each codebook's attention was a module: adapters of all codebooks in one tensor."""
+    """The older names, before each codebook's attention was a module: adapters of all codebooks in one
+    tensor."""
     renamed = {}
     for side in ("lora_A", "lora_B"):
         part = {name.replace(f".{side}", ""): t for name, t in tensors.items() if f".{side}." in name}
@@ -86,7 +82,7 @@ HIBIKI = {
         n_q=6, dep_q=3, delays=[0, 0, 2, 2, 0, 2, 2], depformer_dim_feedforward=None, **CONDITION
     ),
     "2B": lm_config(
-        dim=36,
+        dim=40,
         n_q=10,
         dep_q=5,
         delays=[0, 0, 2, 2, 2, 2, 0, 2, 2, 2, 2],
@@ -131,8 +127,8 @@ def personaplex_lm(config, seed=0):
 
 
 class PersonaPlexGen:
-    """Greedy generation in the order of NVIDIA's sampler, on the official model: what is given in a call stands
-    in the step that the call makes, so that it is read in the next one. Nothing is ever thrown away.
+    """Greedy generation in the order of NVIDIA's sampler, on the official model: what is given in a call
+    stands in the step that the call makes, so that it is read in the next one. Nothing is ever thrown away.
 
     `said` [1 + n_q, steps] are all tokens, `given` says which of them were not predicted."""
 

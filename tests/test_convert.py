@@ -1,11 +1,10 @@
 """tools/convert.py on relatives in the official format: LoRA, int8, Hibiki, PersonaPlex.
 
-Small random models are written as their authors write them, converted, opened and compared with the official package:
-weights bit by bit where nothing is computed, else token for token. Hugging Face's: test_convert_hf.py.
-"""
+Small random models are written as their authors write them, converted, opened and compared with the official
+package: weights bit by bit where nothing is computed, else token for token. Older names must give the same
+file, byte by byte. Hugging Face's folders are in test_convert_hf.py."""
 
 import json
-import re
 
 import convert
 import pytest
@@ -22,14 +21,15 @@ from family import (
     old_adapters,
     old_int8,
     personaplex_lm,
-    state_of,
     write_folder,
 )
-from reference import LM, LMGen, close, lm_config, loaders, official_lm
-from safetensors.torch import load_file, save_file
+from reference import LM, LMGen, close, lm_config, loaders, official_lm, old_names
+from safetensors.torch import load_file
 from test_moshi import both_speak, same_tokens, speak, user_codes
 
 from moshi_min import MOSHI_FILE, MoshiConfig, MoshiGen, load_moshi
+
+STEPS = 70  # of a conversation: far past the window of 12
 
 
 def opened(out, dtype=torch.float32):
@@ -38,13 +38,28 @@ def opened(out, dtype=torch.float32):
     return load_moshi(out / MOSHI_FILE, MoshiConfig.from_dict(config), dtype=dtype)
 
 
-def same_as_official(out, official, config, steps=80, batch=2, **options):
-    """Greedy and sampled, far past the window, our sampler and the official one say the same."""
+def lively(tokens):
+    """Tokens [B, K, F] that show something."""
+    assert tokens.shape[-1] >= 60
+    assert all(len(stream.unique()) > 3 for stream in tokens.transpose(0, 1)), "it says hardly anything"
+
+
+def same_as_official(out, official, config):
+    """Greedy and sampled, our sampler and the official one say the same."""
     for greedy in (True, False):
-        user = user_codes(config, batch, steps)
-        mine, theirs = both_speak(opened(out), official, user, greedy=greedy, **options)
-        tokens = same_tokens(mine, theirs, config["delays"])
-        assert all(len(stream.unique()) > 3 for stream in tokens.transpose(0, 1)), "it says hardly anything"
+        mine, theirs = both_speak(opened(out), official, user_codes(config, 1, STEPS), greedy=greedy)
+        lively(same_tokens(mine, theirs, config["delays"]))
+
+
+def same_file(folder, config, tensors, old, name="model.safetensors", **options):
+    """`tensors` under their newer names, and `old`, make the same file; the folder that came out."""
+    write_folder(folder / "older", config, old, name)
+    write_folder(folder / "given", config, tensors, name)
+    for part in ("older", "given"):
+        convert.convert(folder / part, folder / f"out {part}", **options)
+    older, out = folder / "out older", folder / "out given"
+    assert (older / MOSHI_FILE).read_bytes() == (out / MOSHI_FILE).read_bytes()
+    return out
 
 
 # ---- LoRA --------------------------------------------------------------------------------------------------
@@ -56,36 +71,39 @@ TABLES = (
     "depformer_emb.1.weight",
     "depformer_text_emb.weight",
 )
+SAID = {"lora": True, "lora_rank": 5, "lora_scaling": 1.7}
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", "older names"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def lora(request, tmp_path_factory):
-    """(the official model with its adapters merged, the folder that came out, its dtype)."""
-    folder, old = tmp_path_factory.mktemp("lora"), request.param == "older names"
-    dtype = torch.bfloat16 if request.param == "bfloat16" else torch.float32
+    """(the official model with its adapters fused, the folder that came out, its dtype)."""
+    folder, dtype = tmp_path_factory.mktemp("lora"), getattr(torch, request.param)
     base = official_lm(LORA, seed=3, dtype=dtype)
-    write_folder(folder / "base", {**LORA, "lora": False}, state_of(base, old))
+    write_folder(folder / "base", {**LORA, "lora": False}, old_names(base.state_dict()))
     (folder / "base" / "tokenizer_spm_32k_3.model").write_bytes(b"words")
-    changes = adapters(base, rank=5, scale=0.2, seed=4, tables=() if old else TABLES)
-    said = {"lora": True, "lora_rank": 5, "lora_scaling": 1.7}
-    trained = folder / "checkpoints" / "checkpoint_000100" / "consolidated"
-    write_folder(trained, {**LORA, **said}, old_adapters(changes) if old else changes, "lora.safetensors")
+    changes = adapters(base, rank=5, scale=0.2, seed=4, tables=TABLES)
+    out = same_file(
+        folder / "checkpoints" / "checkpoint_000100" / "consolidated",
+        {**LORA, **SAID},
+        changes,
+        old_adapters(changes),
+        "lora.safetensors",
+        base=folder / "base",
+    )
     official = loaders.get_moshi_lm(
         folder / "base" / "model.safetensors",
-        {**LORA, **said},
+        {**LORA, **SAID},
         dtype=dtype,
-        lora_weights=trained / "lora.safetensors",
+        lora_weights=out.with_name("given") / "lora.safetensors",
         fuse_lora=True,
     )
-    convert.convert(trained, folder / "out", base=folder / "base")
-    return official.eval().requires_grad_(False), folder / "out", dtype
+    return official.eval().requires_grad_(False), out, dtype
 
 
 def test_lora_weights(lora):
     """Every tensor is bit by bit that of the official model, its adapters fused."""
     official, out, dtype = lora
-    made = load_file(out / MOSHI_FILE)
-    theirs = official.state_dict()
+    made, theirs = load_file(out / MOSHI_FILE), official.state_dict()
     assert made.keys() == theirs.keys()
     assert all(made[name].dtype == dtype and made[name].equal(theirs[name]) for name in made)
     config = json.loads((out / "config.json").read_text())
@@ -99,26 +117,21 @@ def test_lora_tokens(lora):
         same_as_official(out, official, LORA)
 
 
-def test_merged_by_moshi_finetune(tmp_path):
-    """A whole model that it saved, whose config.json still speaks of adapters."""
-    official = official_lm(LORA, seed=5)
-    said = {**LORA, "lora": True, "lora_rank": 5, "lora_scaling": 2.0}
-    write_folder(tmp_path / "trained", said, state_of(official, False), "consolidated.safetensors")
+def test_a_model_merged_by_moshi_finetune(tmp_path):
+    """It saves a whole one as well, whose config.json still speaks of adapters."""
+    tensors = official_lm(LORA, seed=5).state_dict()
+    write_folder(tmp_path / "trained", {**LORA, **SAID}, tensors, "consolidated.safetensors")
     assert "to be put there" in convert.convert(tmp_path / "trained", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["lora"] is False
-    same_as_official(tmp_path / "out", official, LORA, steps=30)
+    made = load_file(tmp_path / "out" / MOSHI_FILE)
+    assert made.keys() == tensors.keys() and all(made[name].equal(tensors[name]) for name in made)
 
 
 # ---- int8 --------------------------------------------------------------------------------------------------
 
-INT8 = {
-    "small": LM["small"],
-    "gqa": lm_config(dim=48, num_heads=6, kv_repeat=3, depformer_num_heads=6, depformer_kv_repeat=2),
-}
-
 
 def official_int8(official):
-    """The tensors of the official QLinear, by its formula: (those of an int8 file, the weights that they mean)."""
+    """By the official QLinear's formula: (the tensors of an int8 file, the weights that they mean)."""
     stored, meant = {}, {}
     linear = {
         f"{name}.weight" for name, part in official.named_modules() if isinstance(part, torch.nn.Linear)
@@ -133,26 +146,100 @@ def official_int8(official):
     return stored, meant
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["newer names", "older names"])
-@pytest.mark.parametrize("name", INT8)
-def test_from_int8(tmp_path, name, old):
-    """The weights that int8 stands for, rounded to bfloat16 or not at all."""
-    config = INT8[name]
+def test_from_int8(tmp_path):
+    """The weights that int8 stands for, rounded to bfloat16, or not at all with --dtype float32."""
+    config = lm_config(dim=48, num_heads=6, kv_repeat=3, depformer_num_heads=6, depformer_kv_repeat=2)
     official = official_lm(config, seed=6)
     stored, meant = official_int8(official)
-    stored = old_int8(stored) if old else stored
-    write_folder(
-        tmp_path / "q8",
-        {**config, "quantize": True, "moshi_name": "hf://a/b/model.q8.safetensors"},
-        stored,
-        "model.q8.safetensors",
-    )
-    convert.convert(tmp_path / "q8", tmp_path / "out")
-    made = load_file(tmp_path / "out" / MOSHI_FILE)
-    assert made.keys() == meant.keys()
-    for key, weight in made.items():
-        expected = meant[key].bfloat16() if weight.dtype == torch.bfloat16 else meant[key]
-        assert weight.equal(expected)
-    convert.convert(tmp_path / "q8", tmp_path / "wide", dtype="float32")
+    said = {**config, "quantize": True, "moshi_name": "hf://a/b/model.q8.safetensors"}
+    out = same_file(tmp_path, said, stored, old_int8(stored), "model.q8.safetensors")
+    made = load_file(out / MOSHI_FILE)
+    assert made.keys() == meant.keys() and "quantize" not in json.loads((out / "config.json").read_text())
+    for name, weight in made.items():
+        rounded = f"{name}_scb" in stored
+        assert weight.equal(meant[name].bfloat16() if rounded else meant[name])
+        assert (weight.dtype == torch.bfloat16) == rounded
+    convert.convert(tmp_path / "given", tmp_path / "wide", dtype="float32")
     official.load_state_dict(meant)
     same_as_official(tmp_path / "wide", official, config)
+
+
+def test_to_int8(tmp_path):
+    """Bit by bit what the official formula gives, and what our own model in int8 is made of."""
+    official = official_lm(LM["uneven"], seed=7)
+    official.text_linear.weight.data[3] = 0  # a row of zeros has no scale
+    stored, _ = official_int8(official)
+    stored["text_linear.weight"][3] = 0
+    tensors = official.state_dict()
+    out = same_file(tmp_path, LM["uneven"], tensors, old_names(tensors), dtype="int8")
+    made = load_file(out / MOSHI_FILE)
+    assert made.keys() == stored.keys() and all(made[name].equal(stored[name]) for name in made)
+    assert json.loads((out / "config.json").read_text())["quantize"] is True
+    assert opened(out, None).text_linear.weight.equal(stored["text_linear.weight"])
+
+
+# ---- Hibiki ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, quality", [("1B", "very_good"), ("2B", "bad")])
+def test_hibiki(tmp_path, name, quality):
+    """What the official sampler says when it is given the condition, greedy and sampled."""
+    config, official = HIBIKI[name], hibiki_lm(HIBIKI[name], seed=8)
+    tensors = official.state_dict()
+    out = same_file(tmp_path, config, tensors, old_names(tensors), quality=quality)
+    with torch.no_grad():
+        official.text_emb.weight[2] = official.text_emb.weight[3]  # as its loader does
+    user = user_codes(config, 2, STEPS)
+    for greedy in (True, False):
+        torch.manual_seed(5)
+        mine = speak(MoshiGen(opened(out), 2, greedy=greedy), user)
+        torch.manual_seed(5)
+        asked = conditions(official, quality, 2)
+        sampler = LMGen(official, use_sampling=not greedy, check=True, condition_tensors=asked)
+        with torch.no_grad(), sampler.streaming(2):
+            theirs = [sampler.step(user[..., s : s + 1]) for s in range(STEPS)]
+        lively(same_tokens(mine, theirs, config["delays"]))
+
+
+def test_hibiki_reads_an_early_end_as_a_pause(tmp_path):
+    """No run may have come by a token 2, so the table itself; and the condition in each of its rows."""
+    official = hibiki_lm(HIBIKI["1B"], seed=8)
+    write_folder(tmp_path / "hibiki", HIBIKI["1B"], official.state_dict())
+    convert.convert(tmp_path / "hibiki", tmp_path / "out")
+    table, before = load_file(tmp_path / "out" / MOSHI_FILE)["text_emb.weight"], official.text_emb.weight
+    assert table[2].equal(table[3]) and not table[2].equal(table[1])
+    asked = conditions(official, "very_good", 1)["description"].condition[0, 0]
+    added = torch.cat([table[:2], table[3:]]) - torch.cat([before[:2], before[3:]])
+    close(added, asked.expand_as(added))
+
+
+# ---- PersonaPlex -------------------------------------------------------------------------------------------
+
+
+def test_personaplex(tmp_path):
+    """NVIDIA's sampler, prompted and then listening, says the same one call later. Its first frame is
+    lost."""
+    config, official = PERSONAPLEX, personaplex_lm(PERSONAPLEX, seed=9)
+    tensors = official.state_dict()
+    out = same_file(tmp_path, config, tensors, old_names(tensors))
+    ours, own, prompt = opened(out), config["n_q"] // 2, 9
+    assert ours.config.dep_q == own
+    codes = torch.randint(config["card"], (1 + config["n_q"], prompt + STEPS))
+    sampler, theirs = PersonaPlexGen(official, prompt + STEPS), []
+    with torch.no_grad(), official.streaming(1):
+        for s in range(prompt + STEPS):
+            moshi, text = (codes[1 : 1 + own, s], codes[0, s]) if s < prompt else (None, None)
+            theirs.append(sampler.step(codes[1 + own :, s], moshi, text))
+    gen = MoshiGen(ours, greedy=True)
+    mine = [gen.prefill(codes[None, :, 1:prompt])]
+    mine += [gen.step(codes[None, 1 + own :, s : s + 1]) for s in range(prompt, prompt + STEPS - 1)]
+    mine = torch.cat(mine, -1)
+    assert mine[0].equal(torch.stack(theirs[prompt:], -1)[: 1 + own])
+    lively(mine)
+
+
+def test_personaplex_config():
+    """Its config.json says nothing, so the sizes are the released ones."""
+    given = relatives.personaplex({"model_type": "personaplex", "version": "7b-v1"})
+    sizes = {key: value for key, value in given.items() if key not in relatives.SPENT}
+    assert sizes["dep_q"] == 16 and MoshiConfig.from_dict({**sizes, "dep_q": 8}) == MoshiConfig()

@@ -1,4 +1,5 @@
-"""tools/convert.py on Hugging Face's folders: random Hugging Face models of odd sizes, saved, converted and compared.
+"""tools/convert.py on Hugging Face's folders: random Hugging Face models of odd sizes, saved, converted and
+compared.
 
 What is compared, in order: the codec, the logits of both transformers, generation. The official package also
 loads each result, since the format is its own. Hugging Face's `forward` neither delays nor shifts, so the raw

@@ -1,17 +1,16 @@
 #!/usr/bin/env python3
-"""Turns a relative of Moshi into a folder in the official format, which moshi_min and the official package read.
+"""Turns a relative of Moshi into a folder in the official format, which moshi_min and the official package
+read.
 
     python tools/convert.py FOLDER OUT
 
-It sees what FOLDER is:
-    Hugging Face   Moshi (its Mimi is inside), Mimi alone, or Helium, a text model; in one file or in shards
-    LoRA           what moshi-finetune saves; --base names the folder of the model that it was trained on
-    int8           the released q8 files, into bfloat16
-    Hibiki         --quality is the translation to ask for, if not very_good
-    PersonaPlex    its voices and roles become a history by tools/prompt.py
-    official       as it is, but for --dtype
-OUT is a new or an empty folder, written whole or not at all. --dtype says what the language model's weights become:
-int8, bfloat16, float16 or float32. Tensors go through one by one, so that memory holds the largest only.
+It sees what FOLDER is: Hugging Face   Moshi (its Mimi is inside), Mimi alone, or Helium, a text model; in one
+file or in shards LoRA           what moshi-finetune saves; --base names the folder of the model that it was
+trained on int8           the released q8 files, into bfloat16 Hibiki         --quality is the translation to
+ask for, if not very_good PersonaPlex    its voices and roles become a history by tools/prompt.py official
+as it is, but for --dtype OUT is a new or an empty folder, written whole or not at all. --dtype says what the
+language model's weights become: int8, bfloat16, float16 or float32. Tensors go through one by one, so that
+memory holds the largest only.
 
 hugging_face.py and relatives.py say what becomes of each tensor, lazy.py reads and writes them.
 """

@@ -4,7 +4,7 @@ What differs:
 - the names, see the three tables below;
 - queries, keys and values are one tensor in the official files, as are Helium's gate and up projections;
 - the depth decoder's weights are one tensor for each codebook there, and all stacked here;
-- Moshi's rotary queries and keys have their rows ordered to rotate halves instead of neighbours (Helium's not).
+- the rows of Moshi's and Mimi's rotary queries and keys, ordered to rotate halves instead of neighbours.
 Every tensor keeps its dtype.
 """
 
@@ -21,14 +21,16 @@ from torch import Tensor
 
 import mimi_min
 import moshi_min
-from mimi_min import Mimi, MimiConfig, build, newer_name, official_names
 from files import read_json
+from mimi_min import Mimi, MimiConfig, build, newer_name, official_names
 from moshi_min import MIMI_CONFIG_FILE, MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, Moshi, MoshiConfig, gated_width
+
+Tensors = dict[str, Lazy]
 
 # ----------------------------------------------------------------------------------------------------- tables
 
-# From an official name to Hugging Face's: each rule (pattern, replacement) in turn. '{k}' is the codebook, and
-# '[q k v]' stands for three tensors, one below the other in the official one.
+# From an official name to Hugging Face's: each rule (pattern, replacement) in turn. '{k}' is the codebook;
+# '[q k v]' stands for three tensors, which are one below the other in the official one.
 MOSHI_NAMES = [
     (r"^text_emb", "decoder.model.embed_tokens"),
     (r"^emb", "embed_tokens"),
@@ -185,8 +187,8 @@ def kv_repeat(given: dict, heads: int, what: str) -> int:
 
 
 def official_width(dim: int, given: dict, key: str, default: int, what: str) -> int:
-    """The official feed-forward width, of which two thirds are hidden units. Moshi's `ffn_dim` is twice those,
-    Helium's `intermediate_size` are those."""
+    """The official feed-forward width, of which two thirds are hidden units. `ffn_dim`, in Moshi, is twice as
+    many, `intermediate_size`, in Helium, as many."""
     said = given.get(key, default)
     doubled = 2 * said if key == "intermediate_size" and is_size(said) else said
     if is_size(doubled) and doubled % 2 == 0:
@@ -275,13 +277,12 @@ def neighbours(weight: Tensor, heads: int) -> Tensor:
 
 
 def official(
-    tensors: dict[str, Lazy], model: Mimi | Moshi, rules: list, prefix: str = "", halves: bool = True
-) -> tuple[dict[str, Lazy], set[str]]:
+    tensors: Tensors, model: Mimi | Moshi, rules: list, prefix: str = "", halves: bool = True
+) -> tuple[Tensors, set[str]]:
     """The tensors of an official file out of Hugging Face's, and the names of those that it took.
 
-    `model` is one of ours, on the meta device. `rules` make official names Hugging Face's. `halves`: rotary queries
-    and keys are ordered to rotate halves.
-    """
+    `model` is one of ours, on the meta device. `rules` make official names Hugging Face's. `halves`: queries
+    and keys are ordered to rotate halves."""
     names = official_names(model, mimi_min.MIMI_NAMES if isinstance(model, Mimi) else moshi_min.MOSHI_NAMES)
     result, used = {}, set()
     for ours, empty in model.state_dict().items():
@@ -353,42 +354,53 @@ def plan(folder: Path, given: dict) -> Plan:
             f"config.json: model_type {kind!r} with architectures {classes!r} cannot be converted, "
             f"only {', '.join(CLASSES.values())}"
         )
-    tensors, files, jsons, used = open_tensors(weight_files(folder)), {}, {}, set()
-    if kind != "helium":
-        prefix = "audio_encoder." if kind == "moshi" else ""
-        codec = mimi_config(section(given, "audio_encoder_config") if prefix else given, "config.json")
-        files[MIMI_FILE], used = official(tensors, build(Mimi, codec, folder), MIMI_NAMES, prefix)
-        jsons[MIMI_CONFIG_FILE] = codec.to_dict()
-    names = {"moshi_name": MOSHI_FILE}
-    if kind == "moshi":
-        card = given.get("audio_vocab_size") or codec.bins
-        if card != codec.bins:
-            raise ValueError(
-                f"config.json: audio_vocab_size {card!r} is not Mimi's codebook_size {codec.bins}"
-            )
-        depth = section(given, "depth_decoder_config")
-        config = moshi_config({**given, "audio_vocab_size": card}, depth, "config.json")
-        model = official(tensors, build(Moshi, config, folder), MOSHI_NAMES)
-        names.update(mimi_name=MIMI_FILE, mimi_config_name=MIMI_CONFIG_FILE)
-    if kind == "helium":
-        config = helium_config(given, "config.json")
-        tensors = with_start(tensors, given.get("bos_token_id", 1), config)
-        model = official(tensors, build(Moshi, config, folder), HELIUM_NAMES, halves=False)
-    if kind != "mimi":
-        files[MOSHI_FILE] = model[0]
-        jsons["config.json"] = {**config.to_dict(), **names}
-        used = used | model[1]
+    tensors = open_tensors(weight_files(folder))
+    plan, used = {"moshi": moshi, "mimi": mimi, "helium": helium}[kind](tensors, given)
     if unknown := tensors.keys() - used:
         raise ValueError(f"the tensor {min(unknown)} is not known")
-    found = [folder / name for name in (TOKENIZER_FILE, "tokenizer.model") if (folder / name).is_file()]
-    copies = {TOKENIZER_FILE: found[0]} if found else {}
-    return Plan(files, jsons, copies, [] if found or kind == "mimi" else [TOKENIZER_FILE])
+    if kind != "mimi":
+        words = [folder / name for name in (TOKENIZER_FILE, "tokenizer.model") if (folder / name).is_file()]
+        if words:
+            plan.copies[TOKENIZER_FILE] = words[0]
+        else:
+            plan.missing.append(TOKENIZER_FILE)
+    return plan
 
 
-def with_start(tensors: dict[str, Lazy], start: int, config: MoshiConfig) -> dict[str, Lazy]:
-    """Moshi's table of text has one more row, for the token that starts the stream: here Helium's own first token."""
-    name, size = "model.embed_tokens.weight", [config.text_card, config.dim]
+def mimi(tensors: Tensors, given: dict, prefix: str = "") -> tuple[Plan, set[str]]:
+    """The codec's two files; the names of the tensors that they are made of."""
+    config = mimi_config(given, "config.json")
+    made_of, used = official(tensors, build(Mimi, config, "config.json"), MIMI_NAMES, prefix)
+    return Plan({MIMI_FILE: made_of}, {MIMI_CONFIG_FILE: config.to_dict()}, {}, []), used
+
+
+def moshi(tensors: Tensors, given: dict) -> tuple[Plan, set[str]]:
+    """The model with its codec."""
+    depth, codec = section(given, "depth_decoder_config"), section(given, "audio_encoder_config")
+    plan, used = mimi(tensors, codec, "audio_encoder.")
+    bins = plan.jsons[MIMI_CONFIG_FILE]["quantizer"]["bins"]
+    card = given.get("audio_vocab_size") or bins
+    if card != bins:
+        raise ValueError(f"config.json: audio_vocab_size {card!r} is not Mimi's codebook_size {bins}")
+    config = moshi_config({**given, "audio_vocab_size": card}, depth, "config.json")
+    made_of, more = official(tensors, build(Moshi, config, "config.json"), MOSHI_NAMES)
+    plan.tensors[MOSHI_FILE] = made_of
+    names = {"moshi_name": MOSHI_FILE, "mimi_name": MIMI_FILE, "mimi_config_name": MIMI_CONFIG_FILE}
+    plan.jsons["config.json"] = {**config.to_dict(), **names}
+    return plan, used | more
+
+
+def helium(tensors: Tensors, given: dict) -> tuple[Plan, set[str]]:
+    """A text model: a Moshi that neither hears nor speaks. Its table of text has one more row, for the token
+    that starts the stream, which is a copy of the row of Helium's own first token: then the first steps are
+    the same."""
+    config = helium_config(given, "config.json")
+    start, name = given.get("bos_token_id", 1), "model.embed_tokens.weight"
     if type(start) is not int or not 0 <= start < config.text_card:
         raise ValueError(f"config.json: bos_token_id {start!r} is no token of the vocabulary")
-    longer = made(lambda table: torch.cat([table, table[start : start + 1]]), take(tensors, name, size))
-    return {**tensors, name: longer}
+    table = take(tensors, name, [config.text_card, config.dim])
+    longer = made(lambda rows: torch.cat([rows, rows[start : start + 1]]), table)
+    model = build(Moshi, config, "config.json")
+    made_of, used = official({**tensors, name: longer}, model, HELIUM_NAMES, halves=False)
+    json = {**config.to_dict(), "moshi_name": MOSHI_FILE}
+    return Plan({MOSHI_FILE: made_of}, {"config.json": json}, {}, []), used

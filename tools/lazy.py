@@ -1,8 +1,7 @@
 """Tensors that are read only when they are written: what every conversion is made of.
 
-A conversion takes a dict of them, {name: Lazy}, and gives another one. So conversions can follow each other, each
-is short, and memory holds what one tensor of the result is made of, never a whole model.
-"""
+A conversion takes a dict of them, {name: Lazy}, and gives another one. So conversions are short, they can
+follow each other, and memory holds what one tensor of the result is made of, never a whole model."""
 
 from __future__ import annotations
 
@@ -47,8 +46,8 @@ class Plan(NamedTuple):
 
 
 def made(function: Callable[..., Tensor], *parts: Lazy) -> Lazy:
-    """What `function` makes of the parts, once it is read. ValueError if their shapes do not fit together: that is
-    tried at once, on tensors without numbers."""
+    """What `function` makes of the parts, once it is read. ValueError if their shapes do not fit together,
+    which is tried at once, on tensors without numbers."""
     try:
         empty = function(*(torch.empty(part.shape, dtype=part.dtype, device="meta") for part in parts))
     except (RuntimeError, IndexError):

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Makes the history that gives PersonaPlex its voice and its role, to be gone on from: `generate.py --history OUT`.
+"""Makes the history that gives PersonaPlex its voice and its role, to be gone on from: `generate.py --history
+OUT`.
 
     python tools/prompt.py CHECKPOINT OUT.npz --voice VOICE --text "You enjoy having a good conversation."
 
-CHECKPOINT is a folder of tools/convert.py. VOICE is a WAV, or one of the `.pt` files that come with PersonaPlex: sums
-of embeddings, from which the codes are found again. Moshi speaks in that voice, is silent for half a second, is silent
-while it is given the text, and once more. The user's side is a tone meanwhile. From NVIDIA's `LMGen.step_system_prompts`.
-"""
+CHECKPOINT is a folder of tools/convert.py. VOICE is a WAV, or one of the `.pt` files that come with
+PersonaPlex: sums of embeddings, from which the codes are found again. Moshi speaks in that voice, is silent
+for half a second, is silent while it is given the text, and once more. The user's side is a tone meanwhile.
+From NVIDIA's `LMGen.step_system_prompts`."""
 
 from __future__ import annotations
 
@@ -29,9 +30,9 @@ from sentencepiece import SentencePieceProcessor  # noqa: E402
 
 from files import plain, read_json, read_wav, resample, run_program, show, whole_file  # noqa: E402
 from mimi_min import MimiConfig, load_mimi  # noqa: E402
-from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, MoshiConfig  # noqa: E402
+from moshi_min import MoshiConfig  # noqa: E402
 
-# What the released Mimi makes of a frame of silence, and of a tone of 440 Hz, as PersonaPlex was trained on them.
+# What the released Mimi makes of a frame of silence and of a tone of 440 Hz: PersonaPlex was trained on them.
 SILENCE = (948, 243, 1178, 546, 1736, 1030, 1978, 2008)
 TONE = (430, 1268, 381, 1611, 1095, 1495, 56, 472)
 LOUDNESS = -24.0  # of a voice, in LUFS
@@ -41,7 +42,8 @@ PAUSE = 0.5  # seconds of silence before and after the text
 def history(
     voice: Tensor, text: Sequence[int], config: MoshiConfig, pause: int, silence=SILENCE, tone=TONE
 ) -> Tensor:
-    """The codes [1 + n_q, F] of all streams, aligned: voice [dep_q, N], pause, text tokens one a frame, pause."""
+    """The codes [1 + n_q, F] of all streams, aligned: voice [dep_q, N], pause, text tokens one a frame,
+    pause."""
     silent = torch.tensor(silence)[:, None].expand(-1, 2 * pause + len(text))
     moshi = torch.cat([voice, silent], dim=1)
     user = torch.tensor(tone)[:, None].expand(-1, moshi.shape[1])
@@ -51,12 +53,12 @@ def history(
     return torch.cat([said, moshi, user])
 
 
-# ------------------------------------------------------------------------------------------------ a voice as sound
+# ------------------------------------------------------------------------------------------- a voice as sound
 
 
 def weighting(size: int, rate: int) -> Tensor:
-    """The response of the K-weighting of ITU-R BS.1770 at the frequencies of a spectrum of `size` samples: a shelf
-    that lifts what the head lifts, and a high pass; their formulas are those of any audio equaliser."""
+    """The response of the K-weighting of ITU-R BS.1770 at the frequencies of a spectrum of `size` samples: a
+    shelf that lifts what the head lifts, and a high pass; their formulas are those of any audio equaliser."""
     z = torch.exp(-2j * math.pi / size * torch.arange(size // 2 + 1, dtype=torch.float64))
 
     def response(numerator: list[float], denominator: list[float]) -> Tensor:
@@ -78,8 +80,8 @@ def weighting(size: int, rate: int) -> Tensor:
 
 
 def loudness(sound: Tensor, rate: int) -> float:
-    """Of sound [T], in LUFS (ITU-R BS.1770-4): blocks of 0.4 s that overlap by three quarters, without the silent
-    ones, and then without those 10 LU below the rest."""
+    """Of sound [T], in LUFS (ITU-R BS.1770-4): blocks of 0.4 s that overlap by three quarters, without the
+    silent ones, and then without those 10 LU below the rest."""
     size = len(sound) + rate  # a spectrum goes round: silence for the filters to ring out in
     heard = torch.fft.irfft(torch.fft.rfft(F.pad(sound.double(), (0, rate))) * weighting(size, rate), n=size)
     block, seconds = int(0.4 * rate), len(sound) / rate
@@ -98,9 +100,9 @@ def loudness(sound: Tensor, rate: int) -> float:
 
 def voice_of_sound(path: Path, checkpoint: Path, given: dict, config: MoshiConfig) -> Tensor:
     """The codes [dep_q, N] of a WAV, as loud as PersonaPlex knows voices."""
-    name = file_name(given, "mimi_config_name", "") if given.get("mimi_config_name") else None
+    name = file_name(given, "mimi_config_name") if given.get("mimi_config_name") else None
     sizes = read_json(checkpoint / name, MimiConfig.from_dict) if name else MimiConfig()
-    mimi = load_mimi(checkpoint / file_name(given, "mimi_name", MIMI_FILE), sizes, config.dep_q)
+    mimi = load_mimi(checkpoint / file_name(given, "mimi_name"), sizes, config.dep_q)
     sound, rate = read_wav(path)
     sound = resample(sound, rate, mimi.sample_rate)
     if len(sound) < 0.4 * mimi.sample_rate:
@@ -111,12 +113,12 @@ def voice_of_sound(path: Path, checkpoint: Path, given: dict, config: MoshiConfi
     return mimi.encode(sound[None, None] * 10 ** ((LOUDNESS - level) / 20))[0]
 
 
-# ------------------------------------------------------------------------------------------ a voice as embeddings
+# -------------------------------------------------------------------------------------- a voice as embeddings
 
 
 def rows_that_add_up(totals: Tensor, tables: list[Tensor]) -> Tensor:
-    """totals [N, D], each the sum of a row of every table [rows, D] -> the rows' numbers [tables, N]. One table after
-    the other takes the row that leaves the least, until none changes."""
+    """totals [N, D], each the sum of a row of every table [rows, D] -> the rows' numbers [tables, N]. One
+    table after the other takes the row that leaves the least, until none changes."""
     found = torch.full((len(tables), len(totals)), -1)
     rest = totals.clone()
     for _ in range(50):
@@ -133,12 +135,12 @@ def rows_that_add_up(totals: Tensor, tables: list[Tensor]) -> Tensor:
 
 
 def voice_of_embeddings(path: Path, weights: Path, config: MoshiConfig, tone=TONE) -> Tensor:
-    """The codes [dep_q, N - 1] of a `.pt`: those of a voice of N frames, without the first, which nobody hears.
+    """The codes [dep_q, N - 1] of a `.pt`: those of a voice of N frames, without the first, which nobody
+    hears.
 
-    It holds `embeddings` [N - 1, 1, 1, D], the sums of all tables at steps 0 to N - 2, and `cache`
-    [1, 1 + n_q, columns], the tokens around step N, step s in column s % columns. Stream k of frame f is read at
-    step f + delays[k].
-    """
+    It holds `embeddings` [N - 1, 1, 1, D], the sums of all tables at steps 0 to N - 2, and `cache` [1, 1 +
+    n_q, columns], the tokens around step N, step s in column s % columns. Stream k of frame f is read at step
+    f + delays[k]."""
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)  # a pickle, of tensors only
         sums, cache = stored["embeddings"].float().flatten(1), stored["cache"][0].long()
@@ -171,7 +173,7 @@ def voice_of_embeddings(path: Path, weights: Path, config: MoshiConfig, tone=TON
     return voice
 
 
-# ---------------------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------------------------ the command
 
 
 def make(checkpoint: Path, out: Path, voice: Path, text: str) -> int:
@@ -181,11 +183,11 @@ def make(checkpoint: Path, out: Path, voice: Path, text: str) -> int:
     if config.n_q != 2 * len(SILENCE) or config.dep_q != len(SILENCE) or config.card <= max(SILENCE + TONE):
         raise ValueError(f"{checkpoint}: only PersonaPlex, converted, is given a prompt like this")
     if voice.suffix == ".pt":
-        codes = voice_of_embeddings(voice, checkpoint / file_name(given, "moshi_name", MOSHI_FILE), config)
+        codes = voice_of_embeddings(voice, checkpoint / file_name(given, "moshi_name"), config)
     else:
         codes = voice_of_sound(voice, checkpoint, given, config)[:, 1:]  # the first frame is not heard
     tokenizer = SentencePieceProcessor()
-    path = checkpoint / file_name(given, "tokenizer_name", TOKENIZER_FILE)
+    path = checkpoint / file_name(given, "tokenizer_name")
     tokenizer.LoadFromSerializedProto(path.read_bytes())
     text = text.strip()
     if text and not (text.startswith("<system>") and text.endswith("<system>")):
