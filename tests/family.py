@@ -123,7 +123,8 @@ PERSONAPLEX = lm_config(
 
 def personaplex_lm(config, seed=0):
     """A random official model that predicts the user's codebooks as well."""
-    return official_lm({k: v for k, v in config.items() if k not in ("model_type", "version")}, seed)
+    ours = ("model_type", "version", "mimi_config_name")
+    return official_lm({key: value for key, value in config.items() if key not in ours}, seed)
 
 
 class PersonaPlexGen:

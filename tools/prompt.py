@@ -98,18 +98,16 @@ def loudness(sound: Tensor, rate: int) -> float:
     return level(power.mean()).item()
 
 
-def voice_of_sound(path: Path, checkpoint: Path, given: dict, config: MoshiConfig) -> Tensor:
-    """The codes [dep_q, N] of a WAV, as loud as PersonaPlex knows voices."""
-    name = file_name(given, "mimi_config_name") if given.get("mimi_config_name") else None
-    sizes = read_json(checkpoint / name, MimiConfig.from_dict) if name else MimiConfig()
-    mimi = load_mimi(checkpoint / file_name(given, "mimi_name"), sizes, config.dep_q)
+def voice_of_sound(path: Path, weights: Path, sizes: MimiConfig, codebooks: int) -> Tensor:
+    """The codes [codebooks, N] of a WAV, made as loud as PersonaPlex wants it. `weights`, `sizes`: Mimi's."""
     sound, rate = read_wav(path)
-    sound = resample(sound, rate, mimi.sample_rate)
-    if len(sound) < 0.4 * mimi.sample_rate:
+    sound = resample(sound, rate, sizes.sample_rate)
+    if len(sound) < 0.4 * sizes.sample_rate:
         raise ValueError(f"{path}: a voice needs 0.4 s at least, some seconds are better")
-    level = loudness(sound, mimi.sample_rate)
+    level = loudness(sound, sizes.sample_rate)
     if not math.isfinite(level):
         raise ValueError(f"{path}: it is silent")
+    mimi = load_mimi(weights, sizes, codebooks)
     return mimi.encode(sound[None, None] * 10 ** ((LOUDNESS - level) / 20))[0]
 
 
@@ -129,8 +127,6 @@ def rows_that_add_up(totals: Tensor, tables: list[Tensor]) -> Tensor:
             rest -= table[found[k]]
         if found.equal(before):
             break
-    if (rest.norm(dim=1) > 0.05 * totals.norm(dim=1)).any():
-        raise ValueError("its embeddings are not of this checkpoint's tables")
     return found
 
 
@@ -163,8 +159,12 @@ def voice_of_embeddings(path: Path, weights: Path, config: MoshiConfig, tone=TON
     known = text[config.existing_text_padding_id].float()
     for table, code, delay in zip(tables[own:], tone, config.delays[1 + own :]):
         known = known + table[torch.where(steps <= delay, config.card, code)]
-    read = torch.full((own, frames + max(config.delays)), -1)  # Moshi's tokens of all steps
-    read[:, 1 : frames - 1] = rows_that_add_up(sums[1:] - known, tables[:own])
+    read = torch.full((own, frames + max(config.delays)), -1)  # Moshi's tokens in all steps
+    rows = rows_that_add_up(sums[1:] - known, tables[:own])
+    rest = sums[1:] - known - sum(table[row] for table, row in zip(tables, rows))
+    if (rest.norm(dim=1) > 0.05 * sums[1:].norm(dim=1)).any():  # rounding to bfloat16 leaves 0.01
+        raise ValueError(f"{path}: its embeddings are not of this checkpoint's tables")
+    read[:, 1 : frames - 1] = rows
     for step in range(frames - 1, read.shape[1]):
         read[:, step] = cache[1 : 1 + own, step % cache.shape[1]]
     voice = torch.stack([read[k, 1 + d : frames + d] for k, d in enumerate(config.delays[1 : 1 + own])])
@@ -179,24 +179,29 @@ def voice_of_embeddings(path: Path, weights: Path, config: MoshiConfig, tone=TON
 def make(checkpoint: Path, out: Path, voice: Path, text: str) -> int:
     """Writes the history to `out`, and returns its frames. ValueError and OSError say what is wrong."""
     given = read_config(checkpoint)
-    config = MoshiConfig.from_dict(given)
+    config, sizes = MoshiConfig.from_dict(given), MimiConfig()
     if config.n_q != 2 * len(SILENCE) or config.dep_q != len(SILENCE) or config.card <= max(SILENCE + TONE):
         raise ValueError(f"{checkpoint}: only PersonaPlex, converted, is given a prompt like this")
+    if given.get("mimi_config_name"):
+        sizes = read_json(checkpoint / file_name(given, "mimi_config_name"), MimiConfig.from_dict)
     if voice.suffix == ".pt":
         codes = voice_of_embeddings(voice, checkpoint / file_name(given, "moshi_name"), config)
     else:
-        codes = voice_of_sound(voice, checkpoint, given, config)[:, 1:]  # the first frame is not heard
+        codes = voice_of_sound(voice, checkpoint / file_name(given, "mimi_name"), sizes, config.dep_q)
+        codes = codes[:, 1:]  # PersonaPlex never heard the first frame
     tokenizer = SentencePieceProcessor()
-    path = checkpoint / file_name(given, "tokenizer_name")
-    tokenizer.LoadFromSerializedProto(path.read_bytes())
-    text = text.strip()
-    if text and not (text.startswith("<system>") and text.endswith("<system>")):
-        text = f"<system> {text} <system>"
-    rate = MimiConfig().frame_rate
-    codes = history(codes, tokenizer.encode(text), config, int(PAUSE * rate))
+    tokenizer.LoadFromSerializedProto((checkpoint / file_name(given, "tokenizer_name")).read_bytes())
+    codes = history(codes, tokenizer.encode(tagged(text)), config, int(PAUSE * sizes.frame_rate))
     with whole_file(out) as file:
-        np.savez(file, codes=codes.numpy(), delays=config.delays, frame_rate=rate)
+        np.savez(file, codes=codes.numpy(), delays=config.delays, frame_rate=sizes.frame_rate)
     return codes.shape[1]
+
+
+def tagged(text: str) -> str:
+    """As PersonaPlex was trained: <system> around the text."""
+    text = text.strip()
+    whole = text.startswith("<system>") and text.endswith("<system>")
+    return text if whole or not text else f"<system> {text} <system>"
 
 
 def main() -> int:
