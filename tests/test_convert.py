@@ -5,6 +5,7 @@ package: weights bit by bit where nothing is computed, else token for token. Old
 file, byte by byte. Hugging Face's folders are in test_convert_hf.py."""
 
 import json
+import re
 
 import convert
 import pytest
@@ -243,3 +244,160 @@ def test_personaplex_config():
     given = relatives.personaplex({"model_type": "personaplex", "version": "7b-v1"})
     sizes = {key: value for key, value in given.items() if key not in relatives.SPENT}
     assert sizes["dep_q"] == 16 and MoshiConfig.from_dict({**sizes, "dep_q": 8}) == MoshiConfig()
+
+
+# ---- bad folders -------------------------------------------------------------------------------------------
+
+
+def change(tensors, name, what):
+    """The tensors with one of them changed, or without it."""
+    new = what(tensors[name])
+    return {key: new if key == name else t for key, t in tensors.items() if key != name or new is not None}
+
+
+A, B = "transformer.layers.1.self_attn.in_projs.0.lora_A.weight", "linears.2.lora_B.weight"
+BAD_LORA = {  # what is done to the adapters, or said in config.json -> what the line says
+    "a half is missing": (lambda t: change(t, B, lambda _: None), {}, f"{B} is missing"),
+    "the other is missing": (lambda t: change(t, A, lambda _: None), {}, f"{A} is missing"),
+    "not for this model": (
+        lambda t: {**t, "linears.9.lora_A.weight": t[A].clone()},
+        {},
+        "linears.9.weight, which the base does not have",
+    ),
+    "another rank": (lambda t: change(t, A, lambda a: a[1:]), {}, "shapes that do not fit together"),
+    "too short": (lambda t: change(t, B, lambda b: b[1:]), {}, "shapes that do not fit together"),
+    "a table of another size": (
+        lambda t: change(t, "emb.0.weight", lambda e: e[1:]),
+        {},
+        "emb.0.weight has the shape",
+    ),
+    "not finite": (lambda t: change(t, B, lambda b: b / 0), {}, "linears.2.weight holds or gives numbers"),
+    "a scaling in words": (dict, {"lora_scaling": "2"}, "lora_scaling cannot be '2'"),
+    "another model's": (dict, {"num_layers": 4}, "its sizes are not those of"),
+    "a name that is none": (dict, {"lora_name": ["a"]}, "lora_name ['a'] is no name of a file"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_LORA)
+def test_bad_adapters(tmp_path, what):
+    spoil, said, says = BAD_LORA[what]
+    base = official_lm(LORA, seed=3)
+    write_folder(tmp_path / "base", LORA, base.state_dict())
+    changes = spoil(adapters(base, rank=5, scale=0.2, seed=4, tables=TABLES))
+    write_folder(tmp_path / "lora", {**LORA, **SAID, **said}, changes, "lora.safetensors")
+    refused(tmp_path, "lora", says, base=tmp_path / "base")
+
+
+def refused(folder, name, says, **options):
+    """A single line, which names the folder, and nothing is written."""
+    with pytest.raises(ValueError, match=re.escape(says)) as caught:
+        convert.convert(folder / name, folder / "out", **options)
+    assert str(folder / name) in str(caught.value) and "\n" not in str(caught.value)
+    assert not [path for path in folder.iterdir() if "out" in path.name]
+
+
+BAD = {  # a config, what is done to its tensors, options -> what the line says
+    "nothing to do": (LM["small"], dict, {}, "in the official format already"),
+    "unknown key": ({**LM["small"], "tts": 1}, dict, {"dtype": "int8"}, "unknown key 'tts'"),
+    "a scale is missing": (
+        LM["small"],
+        lambda t: change(official_int8_of(t), "text_linear.weight_scb", lambda _: None),
+        {},
+        "text_linear.weight_scb is missing",
+    ),
+    "a scale of another size": (
+        LM["small"],
+        lambda t: change(official_int8_of(t), "text_linear.weight_scb", lambda s: s[1:]),
+        {},
+        "text_linear.weight_scb has the shape [39]",
+    ),
+    "another quality": (HIBIKI["1B"], dict, {"quality": "best"}, "very_bad, bad, neutral, good, very_good"),
+    "another condition": (
+        {**HIBIKI["1B"], "fuser": {"sum": []}},
+        dict,
+        {},
+        "only Hibiki's kind of condition",
+    ),
+    "a condition of numbers": (
+        {**HIBIKI["1B"], "conditioners": {"description": 3}},
+        dict,
+        {},
+        "only Hibiki's kind of condition",
+    ),
+    "no condition": (
+        HIBIKI["1B"],
+        lambda t: {name: tensor for name, tensor in t.items() if "embed.weight" not in name},
+        {},
+        "condition_provider.conditioners.description.embed.weight is missing",
+    ),
+    "a schedule of words": (
+        {**HIBIKI["2B"], "depformer_weights_per_step_schedule": [0, 1, 2, 2, "2"]},
+        dict,
+        {},
+        "depformer_weights_per_step_schedule cannot be",
+    ),
+    "a schedule too long": (
+        {**HIBIKI["2B"], "depformer_weights_per_step_schedule": [0, 1, 2, 2, 2, 2]},
+        dict,
+        {},
+        "depformer_weights_per_step_schedule cannot be",
+    ),
+    "a schedule of more weights": (
+        {**HIBIKI["2B"], "depformer_weights_per_step_schedule": [0, 1, 2, 3, 3]},
+        dict,
+        {},
+        "depformer_in.3.weight is missing",
+    ),
+    "half a table": (
+        HIBIKI["2B"],
+        lambda t: change(t, "depformer_emb.0.low_rank.weight", lambda w: w[:, 1:]),
+        {},
+        "shapes that do not fit together",
+    ),
+    "no text": (HIBIKI["1B"], lambda t: change(t, "text_emb.weight", lambda _: None), {}, "text_emb.weight"),
+    "of another size": (
+        PERSONAPLEX,
+        lambda t: change(t, "emb.3.weight", lambda e: e[1:]),
+        {},
+        "emb.3.weight has",
+    ),
+    "more than one": (
+        PERSONAPLEX,
+        lambda t: {**t, "more": t["emb.0.weight"].clone()},
+        {},
+        "tensor more is not",
+    ),
+    "sizes in words": ({**PERSONAPLEX, "n_q": "6"}, dict, {}, "n_q cannot be '6'"),
+    "no integers": (
+        LM["small"],
+        lambda t: change(t, "emb.0.weight", lambda e: e.long()),
+        {},
+        "of the kind I64",
+    ),
+}
+
+
+def official_int8_of(tensors):
+    """int8 of what is in a random small model."""
+    official = official_lm(LM["small"], seed=1)
+    official.load_state_dict(tensors)
+    return official_int8(official)[0]
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_folders(tmp_path, what):
+    config, spoil, options, says = BAD[what]
+    if config.get("model_type") == "hibiki":
+        official = hibiki_lm(HIBIKI["2B" if config["n_q"] == 10 else "1B"])
+    elif config.get("model_type") == "personaplex":
+        official = personaplex_lm(PERSONAPLEX)
+    else:
+        official = official_lm(LM["small"], seed=1)
+    write_folder(tmp_path / "given", config, spoil(official.state_dict()))
+    refused(tmp_path, "given", says, **options)
+
+
+def test_a_base_is_needed(tmp_path):
+    base = official_lm(LORA, seed=3)
+    write_folder(tmp_path / "lora", {**LORA, **SAID}, adapters(base, 5, 0.2, 4), "lora.safetensors")
+    refused(tmp_path, "lora", "name its folder with --base")

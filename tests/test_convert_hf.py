@@ -675,3 +675,90 @@ def test_disk_full(good_folder, tmp_path, monkeypatch):
         with pytest.raises(type(error)):
             convert.convert(good_folder, tmp_path / "out")
         assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------- Helium alone
+
+HELIUM = dict(
+    vocab_size=45,
+    hidden_size=48,
+    intermediate_size=53,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=90,
+    rope_parameters={"rope_type": "default", "rope_theta": 300.0},
+    bos_token_id=7,
+    eos_token_id=2,
+    pad_token_id=3,
+)
+
+
+@pytest.fixture(scope="module")
+def helium(tmp_path_factory):
+    """(a random HeliumForCausalLM, what came out of its shards)."""
+    folder = tmp_path_factory.mktemp("helium")
+    model = randomise(transformers.HeliumForCausalLM(transformers.HeliumConfig(**HELIUM)), seed=4)
+    model.save_pretrained(folder / "hf", max_shard_size="60KB")
+    assert not (folder / "hf" / "model.safetensors").exists()
+    assert convert.convert(folder / "hf", folder / "out").endswith(TOKENIZER_FILE)
+    return model, load_checkpoint(folder / "out", dtype=torch.float32)
+
+
+def test_helium_logits(helium):
+    """A text model: no codec, no depth decoder, and neighbours rotate already in Hugging Face's file."""
+    model, checkpoint = helium
+    assert checkpoint.mimi is None and checkpoint.moshi.depth_decoder is None
+    config = checkpoint.moshi.config
+    assert (config.context, config.max_period, config.n_q, config.kv_repeat) == (90, 300.0, 0, 3)
+    text = torch.randint(45, (2, 60))
+    with torch.no_grad():
+        theirs = model(input_ids=text, output_hidden_states=True)
+        hidden, logits = checkpoint.moshi.temporal(text[:, None])
+    close(hidden, theirs.hidden_states[-1])
+    close(logits, theirs.logits)
+
+
+def test_helium_goes_on(helium):
+    """Our stream starts with Helium's first token: a prompt gone on from is Hugging Face's, token for
+    token."""
+    model, checkpoint = helium
+    said = torch.randint(8, 45, (2, 9))
+    first = torch.full((2, 1), HELIUM["bos_token_id"])
+    theirs = model.generate(
+        input_ids=torch.cat([first, said], 1), max_new_tokens=70, do_sample=False, eos_token_id=None
+    )
+    gen = MoshiGen(checkpoint.moshi, batch_size=2, greedy=True)
+    nothing = torch.empty(2, 0, 1, dtype=torch.long)
+    mine = torch.cat([gen.prefill(said[:, None]), *(gen.step(nothing) for _ in range(69))], -1)[:, 0]
+    assert mine.equal(theirs[:, -70:]) and len(mine.unique()) > 5
+
+
+def test_released_helium_config():
+    """Hugging Face's defaults are those of Helium 2B; older files name the period otherwise."""
+    for given in (transformers.HeliumConfig().to_dict(), {}, {"rope_theta": 100000.0}):
+        config = hugging_face.helium_config(given, "x")
+        assert (config.dim, config.num_layers, config.text_card, config.context) == (2560, 24, 48000, 4096)
+        assert (config.hidden_scale, config.max_period, config.delays) == (4.125, 100000.0, (0,))
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"bos_token_id": 45}, "bos_token_id 45"),
+        ({"bos_token_id": None}, "bos_token_id None"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"intermediate_size": 0}, "intermediate_size of 0"),
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-06"),
+        ({"vocab_size": 44}, "expected floats of the shape [44, 48]"),
+        ({"head_dim": 4}, "head_dim 4"),
+    ],
+)
+def test_bad_helium(tmp_path, change, says):
+    model = transformers.HeliumForCausalLM(transformers.HeliumConfig(**HELIUM))
+    model.save_pretrained(tmp_path / "hf")
+    change_json(tmp_path / "hf" / "config.json", **change)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        convert.convert(tmp_path / "hf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
