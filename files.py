@@ -17,7 +17,7 @@ import struct
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
@@ -216,7 +216,16 @@ def read_tokens(path: str | Path, cards: list[int], own: int, least: int) -> Ten
     return torch.from_numpy(codes.astype(np.int64))
 
 
-def write_words(path: str | Path, pieces: list[bytes | None], seconds: float, late: float) -> None:
+def write_tokens(path: str | Path, kept: list, frames: int, delays, frame_rate: float) -> None:
+    """Saves the tokens of all streams for so many frames, -1 where there are none, as `read_tokens` wants."""
+    codes = np.full((len(kept), frames), -1)
+    for row, stream in zip(codes, kept):
+        row[: len(stream)] = stream[:frames]
+    with whole_file(path) as file:
+        np.savez(file, codes=codes, delays=delays, frame_rate=frame_rate)
+
+
+def write_words(path: str | Path, pieces: Iterable[bytes | None], seconds: float, late: float) -> None:
     """Writes the words of a text stream with their times, as the end of the name says.
 
     `pieces`: of each frame, which lasts `seconds`, a piece of a word in UTF-8, none (b""), or None between
@@ -237,7 +246,7 @@ def write_words(path: str | Path, pieces: list[bytes | None], seconds: float, la
         file.write(text.encode())
 
 
-def find_words(pieces: list[bytes | None]) -> Iterator[tuple[int, int, str]]:
+def find_words(pieces: Iterable[bytes | None]) -> Iterator[tuple[int, int, str]]:
     """The words that the pieces of `write_words` spell, with the frames where each begins and ends.
 
     It ends at the next None, or where that was left out, at a piece that begins with a space.
@@ -320,16 +329,19 @@ def find_sound(file: BinaryIO, path: str | Path, convert: str) -> tuple[Format, 
     if riff[:4] not in (b"RIFF", b"RF64", b"BW64") or riff[8:] != b"WAVE":  # the last two: beyond 4 GiB
         raise Problem(f"{path} is not a WAV file{convert}")
     chunks: dict[bytes, bytes] = {}  # each has a name, a size, and contents padded to an even length
-    while True:
+    name = b""
+    for _ in range(10_000):  # zeros, too, would be chunks, and there can be gigabytes of them
         head = file.read(8)
         if len(head) < 8:
-            raise Problem(f"{path} ends before its sound begins{again}")
+            break
         name, size = struct.unpack("<4sI", head)
         if name == b"data":
             break
         place = file.tell()
         chunks[name] = file.read(min(size, 40))
         file.seek(place + size + size % 2)
+    if name != b"data":
+        raise Problem(f"{path} ends before its sound begins{again}")
     form = read_format(chunks.get(b"fmt ", b""), path, convert)
     whole = struct.unpack_from("<I", riff, 4)[0] == end - 8
     long = chunks.get(b"ds64", b"")  # sizes in 64 bits
@@ -441,7 +453,11 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     for ending in endings:
         signal.signal(ending, stop)
     try:
-        sys.exit(main())
+        code = main()
+        signals.append(0)  # it is over
+        sys.exit(code)
+    except KeyboardInterrupt:  # while `main` told of something else
+        sys.exit(128 + signals[0])
     finally:
         for ending in endings:
             signal.signal(ending, signal.SIG_IGN)

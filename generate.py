@@ -7,19 +7,8 @@
 Without arguments it answers the question in `tiny/` with the checkpoint there. The function to read is
 `converse`, the loop. Below it stands the program around it, then what it needs of WAV files and terminals.
 """
-import argparse
-import array
-import codecs
-import contextlib
-import itertools
-import math
 import os
 import signal
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import NoReturn
 
 if __name__ == "__main__":  # while torch takes its second to load, a signal just ends it; see `run_program`
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -27,16 +16,27 @@ if __name__ == "__main__":  # while torch takes its second to load, a signal jus
         if signal.getsignal(ending) != signal.SIG_IGN:  # as under nohup
             signal.signal(ending, lambda number, _: os._exit(128 + number))
 
+import argparse
+import array
+import codecs
+import contextlib
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from files import (Problem, plain, read_tokens, read_wav, resample, run_program, show, signals, wav_header,
-                   whole_file, write_words)
+                   whole_file, write_tokens, write_words)
 from mimi_min import Mimi, init_state
-from moshi_min import (MIMI_FILE, MOSHI_FILE, NO_INPUT, TOKENIZER_FILE, MoshiConfig, MoshiGen, captured,
-                       load_checkpoint)
+from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, MoshiGen, captured, load_checkpoint
 
 @torch.no_grad()
 def converse(mimi: Mimi, gen: MoshiGen, frames: Iterable[Tensor], change: Callable = lambda codes: codes,
@@ -86,25 +86,23 @@ def run(args: argparse.Namespace) -> None:
     frames, total = user_frames(args, recording, mimi.frame_size, mimi.sample_rate)
     raw, voice = args.output == "-", moshi.config.dep_q > 0
     screen = Screen(tokenizer, moshi.config, sys.stderr if raw else sys.stdout, 1 / mimi.frame_rate, total)
-    kept = [array.array("i") for _ in moshi.config.delays]
+    kept = [array.array("i") for _ in moshi.config.delays if args.tokens or not voice]
     past = go_on(gen, args.history, kept) if args.history else 0
     with whole_file(args.output) if voice and not raw else contextlib.nullcontext(sys.stdout.buffer) as file:
         writer = SoundWriter(file, args.stereo, mimi.sample_rate, raw or not voice)
-        talk(mimi, gen, frames, screen, writer, kept)
-        screen.end()
+        try:
+            talk(mimi, gen, frames, screen, writer, kept)
+        finally:
+            screen.end()
         if not screen.frames:
             raise KeyboardInterrupt
         writer.finish()
     if args.output and not voice:
-        pieces = [screen.spell(token) for token in kept[0][past:]]
-        write_words(args.output, pieces, screen.frame_seconds, args.late)
-    milliseconds = 1000 * screen.busy / screen.frames
-    place = "standard output" if raw else plain(args.output or "not saved")
-    show(f"{screen.frames} frames, {milliseconds:.1f} ms per frame, {screen}: {place}\n", sys.stderr)
+        write_words(args.output, map(screen.spell, kept[0][past:]), screen.frame_seconds, args.late)
+    ms, place = 1000 * screen.busy / screen.frames, "standard output" if raw else args.output or "not saved"
+    show(f"{screen.frames} frames, {ms:.1f} ms per frame, {screen}: {plain(place)}\n", sys.stderr)
     if args.tokens:
-        codes = np.array([*itertools.zip_longest(*kept, fillvalue=NO_INPUT)])[: past + screen.frames].T
-        with whole_file(args.tokens) as table:
-            np.savez(table, codes=codes, delays=moshi.config.delays, frame_rate=mimi.frame_rate)
+        write_tokens(args.tokens, kept, past + screen.frames, moshi.config.delays, mimi.frame_rate)
     if signals[0]:
         raise KeyboardInterrupt
 
@@ -114,16 +112,14 @@ def user_frames(args: argparse.Namespace, recording, size: int, rate: int):
     lead, extra = (math.ceil(seconds * rate / size) for seconds in (args.lead_seconds, args.extra_seconds))
     silence = torch.zeros(size)
     if not recording:
-        before, after = itertools.repeat(silence, lead), itertools.repeat(silence, extra)
-        return itertools.chain(before, pipe_frames(size), after), None
+        return itertools.chain([silence] * lead, pipe_frames(size), [silence] * extra), None
     sound = F.pad(resample(*recording, rate), (int(args.lead_seconds * rate), 0))  # as officially
     frames = [*F.pad(sound, (0, -len(sound) % size)).split(size), *[silence] * extra]
     return frames, len(frames)
 
 def go_on(gen: MoshiGen, path: str, kept: list[array.array]) -> int:
     """Starts from the tokens of another conversation, and keeps them. Returns how many frames it had."""
-    cards, own = [gen.config.text_card] + [gen.config.card] * gen.config.n_q, gen.own
-    codes = read_tokens(path, cards, own, 1 + gen.max_delay)
+    codes, own = read_tokens(path, gen.initial[:, 0].tolist(), gen.own, 1 + gen.max_delay), gen.own
     said, past = gen.prefill(codes[None].to(gen.device)), codes.shape[1]
     # A step gives the frame after the one that came from prefill, which without delays is a new one.
     whole = torch.cat([codes[:own], said[0].cpu()], dim=1)[:, : past + 1 - gen.max_delay]
@@ -140,7 +136,7 @@ def write_on(gen: MoshiGen, tokenizer, text: str) -> None:
         fail("--text says nothing, or the checkpoint has no tokenizer; give it one")
     codes = torch.tensor([[tokens]], device=gen.device)  # [1, 1, tokens]
     said, silence = gen.prefill(codes), codes[:, :0, :1]
-    while gen.steps < gen.config.context and said.item() != tokenizer.eos_id():
+    while gen.steps <= gen.config.context and said.item() != tokenizer.eos_id():
         screen.say(said.item())
         said = gen.step(silence)
     screen.end()
@@ -175,7 +171,7 @@ def open_checkpoint(args: argparse.Namespace):
         fail(f"{error.filename}: {error.strerror}. It takes {files}; get the released ones with: hf download "
              "kyutai/moshiko-pytorch-bf16 --local-dir moshiko, then say --checkpoint moshiko")
     except ValueError as error:
-        fail(f"{error}; get the checkpoint again, or name another one")
+        fail(f"{error}; get it again or, if it has another format: python tools/convert.py FOLDER OUT")
 
 # ------------------------------------------------------------------------------------------- the command line
 def number(kind: type, low: int, high: float = 10**9) -> Callable[[str], float]:
@@ -206,8 +202,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("-o", "--output", help="WAV (default: answer.wav); '-': raw as above; words: .txt, .srt, .vtt")
     add("--checkpoint", type=Path, default=TINY, help="a folder in the official format (default: tiny/)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    dtypes = "auto", "float32", "bfloat16", "float16", "int8"
-    add("--dtype", choices=dtypes, default="auto", help="of Moshi")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16", "int8"), default="auto", help="Moshi's")
     add("--seed", type=number(int, 0), default=4242, help="the same one repeats a run (default: %(default)s)")
     add("--greedy", action="store_true", help="take the likeliest token everywhere")
     for name, what, reader, _, _, default in SETTINGS:
@@ -255,9 +250,8 @@ def identity(file: str | Path | int) -> object:
     except OSError:
         return None if isinstance(file, int) else os.path.realpath(file)
 
-def settle(args: argparse.Namespace, sizes: MoshiConfig, config: dict) -> None:
-    """Fills in from config.json, which is checked, what the command line leaves open, and checks what it
-    says against the kind of model."""
+def settle(args: argparse.Namespace, sizes, config: dict) -> None:
+    """Fills in from config.json, which is checked, what the command line leaves open; that must fit it."""
     voice, words = sizes.dep_q > 0, Path(args.output or "").suffix.lower() in WORDS
     if bool(args.text) != (sizes.n_q == 0):
         fail("a text model takes --text and a text, and no other model does; name another checkpoint")
@@ -266,7 +260,6 @@ def settle(args: argparse.Namespace, sizes: MoshiConfig, config: dict) -> None:
     if args.output is None and voice:
         args.output = "answer.wav"
         check_files(args)
-    more = args.extra_seconds is None and "audio_delay_seconds" in config.get("stt_config", ())
     if args.question == "-" and args.lead_seconds is None:
         args.lead_seconds = 0  # live, silence first would stay as lag
     for name, _, reader, section, key, default in SETTINGS:
@@ -275,17 +268,19 @@ def settle(args: argparse.Namespace, sizes: MoshiConfig, config: dict) -> None:
         except (AttributeError, argparse.ArgumentTypeError):
             fail(f"config.json: {key} in {section} {config[section]!r} must be a number; correct it")
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            more = not voice and name == "extra_seconds"  # than the delay: a second, as officially
+            setattr(args, name, value + more)
     args.greedy |= not config.get("lm_gen_config", {}).get("use_sampling", True)
-    args.extra_seconds += more  # a second more than the delay, as officially
     args.late = args.lead_seconds + config.get("stt_config", {}).get("audio_delay_seconds", 0)
 
 # ------------------------------------------------------------------------------------------------------ sound
 def pipe_frames(frame_size: int) -> Iterator[Tensor]:
     """Frames [frame_size] of raw 16-bit mono as they come from standard input, the last one zero-padded."""
     data = sys.stdin.buffer.read(2 * frame_size)
-    if not data or data[8:12] == b"WAVE":
-        fail("no sound on standard input, or a WAV instead of raw; check the pipe, or record with -t raw")
+    if len(data) < 2:
+        fail("no sound on standard input; check the pipe")
+    if data[8:12] == b"WAVE":
+        fail("a WAV on standard input, where raw sound is read: record with arecord -t raw, or name the file")
     while data:
         samples = torch.from_numpy(np.frombuffer(data, "<i2", len(data) // 2) / np.float32(32768))
         yield F.pad(samples, (0, frame_size - len(samples)))
@@ -326,8 +321,10 @@ class Screen:
         self.silent = (config.existing_text_padding_id, config.existing_text_end_padding_id)
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may come byte by byte
         self.of = f" of {total * frame_seconds:.1f}" if total else ""
-        self.frames, self.busy, self.shown, self.begun = 0, 0.0, time.monotonic(), False
-        self.apart = identity(1) != identity(2)  # else a progress line would break into the words
+        self.frames, self.busy, self.shown, self.paused = 0, 0.0, time.monotonic(), False
+        # Where words and progress go to one place, a progress line would break into the words.
+        self.apart = stream is not sys.stderr and identity(1) != identity(2)
+        self.in_line = False  # words were said since the line began
 
     def watch(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
         """The user's frames [T] -> [1, 1, T]. Waiting for one is no work: it counts from when it came."""
@@ -348,18 +345,23 @@ class Screen:
         return bytes.fromhex(piece[3:5]) if is_byte else piece.replace("▁", " ").encode()
 
     def say(self, token: int, paused: bool = False) -> None:
-        """Prints a token. When the speaker has paused, the turn is over, and its line."""
+        """Prints a token. Once the speaker has paused, the turn is over, and its line."""
         if token < 0:
             fail("the model makes numbers that are not finite; try --dtype bfloat16 or float32")
-        if paused and self.begun:
+        if paused and not self.paused:
             self.end()
         if text := self.spell(token):
             show(self.utf8.decode(text), self.stream)
-        self.begun = bool(text) or self.begun and not paused
+            self.in_line = True
+        self.paused = paused
 
     def end(self) -> None:
-        """Ends the line, after a last character that is not whole."""
-        show(self.utf8.decode(b"", True) + "\n", self.stream)
+        """Wipes the progress, and ends the line of words, after a last character that is not whole."""
+        if sys.stderr.isatty():
+            show("\x1b[K", sys.stderr)
+        if self.in_line:
+            show(self.utf8.decode(b"", True) + "\n", self.stream)
+        self.in_line = False
 
     def frame_done(self) -> None:
         """Counts a frame and its time. A terminal shows each, a file one every five seconds."""

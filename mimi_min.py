@@ -450,16 +450,18 @@ class Mimi(nn.Module):
         return self.from_latent(self.quantizer.decode(codes, state), state)
 
 # ------------------------------------------------------------------------------------ config and weight files
-COUNTS = ("num_layers", "depformer_num_layers", "n_q", "dep_q", "delays")  # what Python counts through
+LARGEST = {  # what Python counts through, and the window, whose memory no file bounds; else below 2**20
+    "num_layers": 2**8, "depformer_num_layers": 2**8, "n_q": 2**8, "dep_q": 2**8, "delays": 2**10,
+    "context": 2**16}
 
 def check_sizes(config, may_be_zero: tuple[str, ...] = ()) -> None:
-    """ValueError unless all fields hold numbers of their default's kind, above 0 and below 2**20."""
+    """ValueError unless all fields hold numbers of their default's kind, above 0 and not too large."""
     for field in dataclasses.fields(config):
         value, is_list = getattr(config, field.name), isinstance(field.default, tuple)
         numbers = value if isinstance(value, (list, tuple)) else [value]
         kinds, lowest = {int, type(field.default)}, 0 if field.name in may_be_zero else 1e-9
-        highest = 2**10 if field.name in COUNTS else 2**20
-        good = numbers and all(type(number) in kinds and lowest <= number < highest for number in numbers)
+        limit = LARGEST.get(field.name, 2**20)
+        good = numbers and all(type(number) in kinds and lowest <= number < limit for number in numbers)
         if not good or is_list != isinstance(value, (list, tuple)):
             raise ValueError(f"config: {field.name} cannot be {value!r}")
 
@@ -544,8 +546,7 @@ def take_ours(file: WeightFile, name: str, shape: torch.Size) -> Tensor:
 def load_weights(model: nn.Module, file: WeightFile, rules: list) -> None:
     """Fills `model`, built on the meta device, from a SafeTensors file; ValueError if that isn't its file.
     Where the model has int8 and the file floats, they are turned to int8, one tensor after another."""
-    weights: dict[str, Tensor] = {}
-    empty = model.state_dict()
+    weights, empty = {}, model.state_dict()
     for ours, name in official_names(model, rules).items():
         if ours in weights:  # scales, which were made with their weights
             continue
@@ -553,8 +554,7 @@ def load_weights(model: nn.Module, file: WeightFile, rules: list) -> None:
         if empty[ours].dtype == torch.int8 != tensor.dtype:
             weights[ours], weights[f"{ours}_scb"] = to_int8(tensor)
     if file.unused:
-        unknown = f"the tensor {min(file.unused)} is not known"
-        raise ValueError(f"{file.path}: {unknown}, does the config fit the file?")
+        raise ValueError(f"{file.path}: the tensor {min(file.unused)} is not known; does the config fit?")
     model.load_state_dict(weights, assign=True)
 
 def save_weights(model: nn.Module, path: str | Path, rules: list) -> None:

@@ -447,7 +447,6 @@ class MoshiGen:
 # ------------------------------------------------------------------------------------------------ checkpoints
 MOSHI_FILE, MIMI_FILE = "model.safetensors", "tokenizer-e351c8d8-checkpoint125.safetensors"
 TOKENIZER_FILE, MIMI_CONFIG_FILE = "tokenizer_spm_32k_3.model", "mimi_config.json"
-ADAPTERS = "holds LoRA adapters; add them to their base: python tools/convert.py FOLDER OUT"
 
 class Checkpoint(NamedTuple):
     """A whole checkpoint folder."""
@@ -458,7 +457,8 @@ class Checkpoint(NamedTuple):
 
 def load_checkpoint(folder: str | Path, device="cpu", dtype: torch.dtype | None = None) -> Checkpoint:
     """Opens a folder in the official format, without `config.json` a Moshi 7B. `dtype` None is bfloat16, or
-    float32 for a narrow model. What is missing raises FileNotFoundError, what is wrong ValueError."""
+    float32 for a narrow model. What is missing raises FileNotFoundError, what is wrong ValueError: also a
+    name in `config.json` that leads out of the folder, which may come from anybody."""
     folder, config, moshi_config, mimi_config = Path(folder), {}, MoshiConfig(), MimiConfig()
     if (folder / "config.json").exists():
         config = read_json(folder / "config.json", check_settings)
@@ -467,7 +467,7 @@ def load_checkpoint(folder: str | Path, device="cpu", dtype: torch.dtype | None 
         mimi_config = read_json(folder / config["mimi_config_name"], MimiConfig.from_dict)
     adapters = [folder / str(name) for name in (config.get("lora_name"), "lora.safetensors")]
     if config.get("lora") and any(path.is_file() for path in adapters):
-        raise ValueError(f"{folder} {ADAPTERS}")
+        raise ValueError(f"{folder} holds LoRA adapters; tools/convert.py adds them to their base")
     dtype = dtype or (torch.float32 if moshi_config.dim <= 1024 else torch.bfloat16)
     mimi, codebooks = None, max(moshi_config.dep_q, moshi_config.n_q - moshi_config.dep_q)
     if codebooks:
@@ -511,8 +511,6 @@ def load_moshi(path: str | Path, config: MoshiConfig | None = None, device="cpu"
     A file of int8 opens as such. torch.int8 quantizes one of floats, and what stays floats is bfloat16."""
     moshi = build(Moshi, config or MoshiConfig(), path)
     file = WeightFile(path, device, dtype)
-    if any(".lora_" in name for name in file.unused):
-        raise ValueError(f"{path} {ADAPTERS}")
     load_weights(quantize(moshi) if file.int8 else moshi, file, MOSHI_NAMES)
     return moshi.eval()
 
@@ -585,8 +583,7 @@ def check_moshi_fits(config: MoshiConfig) -> None:
         raise ValueError("config: the padding tokens must be below text_card")
 
 def check_settings(config: dict) -> dict:
-    """ValueError unless names of files stay in the folder, which may come from anybody, and `lm_gen_config`
-    says what it may."""
+    """ValueError unless the names of files stay in the folder and `lm_gen_config` has only known keys."""
     for key in ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name"):
         name = config.get(key, "")
         if isinstance(name, str) and name.startswith("hf://"):  # hf://owner/repository/file

@@ -2,7 +2,10 @@
 
 import importlib.util
 import os
+import re
+import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -87,3 +90,15 @@ def place(request):
 def same_numbers():
     """Every test starts from the same random numbers."""
     torch.manual_seed(1234)
+
+
+def until_it_hears_signals(pid):
+    """Waits until a process has its own handlers: Python's start, before that, ends in words of Python's."""
+    status, deadline = Path(f"/proc/{pid}/status"), time.monotonic() + 60
+    if not status.exists():  # not Linux
+        time.sleep(0.5)
+    while status.exists() and time.monotonic() < deadline:
+        caught = int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16)
+        if caught >> (signal.SIGTERM - 1) & 1:
+            return
+        time.sleep(0.005)

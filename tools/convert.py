@@ -17,20 +17,21 @@ hugging_face.py and relatives.py say what becomes of each tensor, lazy.py reads 
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import shutil
 import signal
-import sys
-import tempfile
-from pathlib import Path
 
 if __name__ == "__main__":  # while torch takes its second to load, there is nothing to lose or to clean up
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         ending = getattr(signal, name, signal.SIGINT)
         if signal.getsignal(ending) != signal.SIG_IGN:
             signal.signal(ending, lambda number, _: os._exit(128 + number))
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import shutil  # noqa: E402
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hugging_face  # noqa: E402
