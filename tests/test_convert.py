@@ -24,6 +24,7 @@ from family import (
     personaplex_lm,
     write_folder,
 )
+from lazy import Lazy, write
 from reference import LM, LMGen, close, lm_config, loaders, official_lm, old_names
 from safetensors.torch import load_file
 from test_moshi import both_speak, same_tokens, speak, user_codes
@@ -179,6 +180,16 @@ def test_to_int8(tmp_path):
     assert opened(out, None).text_linear.weight.equal(stored["text_linear.weight"])
 
 
+def test_numbers_lie_at_multiples_of_their_size(tmp_path):
+    """Readers map the file. Three bytes of int8 in front would put all that follows between two addresses."""
+    numbers = {"a": torch.tensor([1, 2, 3], dtype=torch.int8), "b": torch.tensor([1.5, 2.5])}
+    lazies = {name: Lazy(name, list(t.shape), t.dtype, lambda t=t: t) for name, t in numbers.items()}
+    write(tmp_path / "file", lazies)
+    made = load_file(tmp_path / "file")
+    assert all(made[name].equal(tensor) for name, tensor in numbers.items())
+    assert made["b"].data_ptr() % 4 == 0 and len((tmp_path / "file").read_bytes()) % 8 == 3
+
+
 # ---- Hibiki ------------------------------------------------------------------------------------------------
 
 
@@ -274,6 +285,7 @@ BAD_LORA = {  # what is done to the adapters, or said in config.json -> what the
     "not finite": (lambda t: change(t, B, lambda b: b / 0), {}, "linears.2.weight holds or gives numbers"),
     "a scaling in words": (dict, {"lora_scaling": "2"}, "lora_scaling cannot be '2'"),
     "another model's": (dict, {"num_layers": 4}, "its sizes are not those of"),
+    "a name that is taken": (dict, {}, "config.json is not the name of the codec"),
     "a name that is none": (dict, {"lora_name": ["a"]}, "lora_name ['a'] is no name of a file"),
 }
 
@@ -282,7 +294,8 @@ BAD_LORA = {  # what is done to the adapters, or said in config.json -> what the
 def test_bad_adapters(tmp_path, what):
     spoil, said, says = BAD_LORA[what]
     base = official_lm(LORA, seed=3)
-    write_folder(tmp_path / "base", LORA, base.state_dict())
+    name = {"tokenizer_name": "hf://a/b/config.json"} if what == "a name that is taken" else {}
+    write_folder(tmp_path / "base", {**LORA, **name}, base.state_dict())
     changes = spoil(adapters(base, rank=5, scale=0.2, seed=4, tables=TABLES))
     write_folder(tmp_path / "lora", {**LORA, **SAID, **said}, changes, "lora.safetensors")
     refused(tmp_path, "lora", says, base=tmp_path / "base")

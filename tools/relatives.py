@@ -301,6 +301,8 @@ def companions(home: Path, told: dict, config: dict, hears: bool) -> tuple[dict[
         + (hears and "mimi_config_name" in told) * ["mimi_config_name"]
     )
     names = {key: file_name(told, key) for key in keys}
+    if taken := {MOSHI_FILE, "config.json"} & set(names.values()):
+        raise ValueError(f"config.json: {min(taken)} is not the name of the codec or of the words")
     config.update(names, moshi_name=MOSHI_FILE)
     copies = {name: home / name for name in names.values() if (home / name).is_file()}
     return copies, [name for name in names.values() if name not in copies]
