@@ -324,6 +324,12 @@ BAD = {  # a config, what is done to its tensors, options -> what the line says
         {},
         "text_linear.weight_scb has the shape [39]",
     ),
+    "a scale of integers": (
+        LM["small"],
+        lambda t: change(official_int8_of(t), "text_linear.weight_scb", lambda s: s.to(torch.int8)),
+        {},
+        "text_linear.weight_scb has the shape [40] and the dtype int8",
+    ),
     "another quality": (HIBIKI["1B"], dict, {"quality": "best"}, "very_bad, bad, neutral, good, very_good"),
     "another condition": (
         {**HIBIKI["1B"], "fuser": {"sum": []}},

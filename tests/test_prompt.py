@@ -21,6 +21,7 @@ from moshi_min import MIMI_FILE, TOKENIZER_FILE, MoshiGen
 CONFIG = lm_config(
     dim=512,
     num_layers=1,
+    context=100,
     n_q=16,
     dep_q=16,
     card=2048,
@@ -87,6 +88,9 @@ def test_history(plex, tmp_path):
     user = torch.randint(2048, (8, 62))
     with official.streaming(1):
         sampler = prompted(official, voice, text)
+        # What it was given, from its second frame on, each stream without its delay.
+        given = [sampler.said[k, 1 + d : 1 + frames + d] for k, d in enumerate(CONFIG["delays"])]
+        assert codes.equal(torch.stack(given))
         theirs = [sampler.step(frame) for frame in user.T]
     gen = MoshiGen(ours, greedy=True)
     mine = [gen.prefill(codes[None])] + [gen.step(frame[None, :, None]) for frame in user.T[:-1]]

@@ -79,7 +79,7 @@ def dequantized(tensors: Tensors, dtype: torch.dtype) -> Tensors:
 
 def scaled_rows(rows: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] that int8 rows stand for; `largest` [out] is what 127 means in each."""
-    return (rows * largest[:, None] / 127).to(dtype)
+    return (rows * largest[:, None]).div_(127).to(dtype)
 
 
 def cast(tensors: Tensors, dtype: str) -> Tensors:
