@@ -53,8 +53,7 @@ def adapters(lm, rank, scale, seed, tables=()):
 
 
 def old_adapters(tensors):
-    """The older names, before each codebook's attention was a module: adapters of all codebooks in one
-    tensor."""
+    """The older names, when an attention was one module: the adapters of all codebooks in one tensor."""
     renamed = {}
     for side in ("lora_A", "lora_B"):
         part = {name.replace(f".{side}", ""): t for name, t in tensors.items() if f".{side}." in name}

@@ -229,8 +229,7 @@ def test_hibiki_reads_an_early_end_as_a_pause(tmp_path):
 
 
 def test_personaplex(tmp_path):
-    """NVIDIA's sampler, prompted and then listening, says the same one call later. Its first frame is
-    lost."""
+    """NVIDIA's sampler, first prompted, says the same one call later. Its very first frame is lost."""
     config, official = PERSONAPLEX, personaplex_lm(PERSONAPLEX, seed=9)
     tensors = official.state_dict()
     out = same_file(tmp_path, config, tensors, old_names(tensors))
@@ -420,3 +419,5 @@ def test_a_base_is_needed(tmp_path):
     base = official_lm(LORA, seed=3)
     write_folder(tmp_path / "lora", {**LORA, **SAID}, adapters(base, 5, 0.2, 4), "lora.safetensors")
     refused(tmp_path, "lora", "name its folder with --base")
+    write_folder(tmp_path / "base", LORA, base.state_dict())
+    refused(tmp_path, "base", "there is no lora.safetensors to change", base=tmp_path / "base")

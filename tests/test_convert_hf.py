@@ -723,8 +723,7 @@ def test_helium_logits(helium):
 
 
 def test_helium_goes_on(helium):
-    """Our stream starts with Helium's first token: a prompt gone on from is Hugging Face's, token for
-    token."""
+    """Our stream starts with Helium's first token: both go on from a prompt with the same tokens."""
     model, checkpoint = helium
     said = torch.randint(8, 45, (2, 9))
     first = torch.full((2, 1), HELIUM["bos_token_id"])

@@ -58,8 +58,7 @@ def plex(tmp_path_factory):
 
 
 def prompted(official, voice, text):
-    """NVIDIA's sampler after its prompts: a voice [8, N], a pause, a text, a pause, one frame in each
-    call."""
+    """NVIDIA's sampler after a voice [8, N], a pause, a text and a pause, a frame in each call."""
     silence, tone = torch.tensor(prompt.SILENCE), torch.tensor(prompt.TONE)
     frames = [(code, 3) for code in voice.T] + [(silence, 3)] * PAUSE
     frames += [(silence, token) for token in text] + [(silence, 3)] * PAUSE
@@ -71,8 +70,7 @@ def prompted(official, voice, text):
 
 @torch.no_grad()
 def test_history(plex, tmp_path):
-    """Gone on from it, ours says what NVIDIA's sampler says after its prompts; and --history takes the
-    file."""
+    """Ours goes on from it as NVIDIA's sampler does after its prompts; --history takes the file."""
     official, ours, folder, mimi, words = plex
     sound = torch.sin(torch.arange(FRAMES * mimi.frame_size - 50) ** 1.3 * 0.01) * 0.2
     write_wav(tmp_path / "voice.wav", sound, mimi.sample_rate)

@@ -1,16 +1,19 @@
 #!/usr/bin/env python3
-"""Turns a relative of Moshi into a folder in the official format, which moshi_min and the official package
-read.
+"""Turns a relative of Moshi into a folder in the official format, which moshi_min reads.
 
     python tools/convert.py FOLDER OUT
 
-It sees what FOLDER is: Hugging Face   Moshi (its Mimi is inside), Mimi alone, or Helium, a text model; in one
-file or in shards LoRA           what moshi-finetune saves; --base names the folder of the model that it was
-trained on int8           the released q8 files, into bfloat16 Hibiki         --quality is the translation to
-ask for, if not very_good PersonaPlex    its voices and roles become a history by tools/prompt.py official
-as it is, but for --dtype OUT is a new or an empty folder, written whole or not at all. --dtype says what the
-language model's weights become: int8, bfloat16, float16 or float32. Tensors go through one by one, so that
-memory holds the largest only.
+It sees what FOLDER is:
+
+    Hugging Face   Moshi (its Mimi is inside), Mimi alone, or Helium, a text model
+    LoRA           adapters of moshi-finetune; --base names the folder of the model that they change
+    int8           the released q8 files, which become bfloat16
+    Hibiki         --quality is the translation to ask for, if not very_good
+    PersonaPlex    tools/prompt.py then gives it a voice and a role
+    official       stays as it is, but for --dtype
+
+OUT is a new or an empty folder, written whole or not at all. --dtype is what the language model's weights
+become: int8, bfloat16, float16 or float32. Tensors go through one by one: memory holds the largest only.
 
 hugging_face.py and relatives.py say what becomes of each tensor, lazy.py reads and writes them.
 """
@@ -55,6 +58,8 @@ def make_plan(folder: Path, base: Path | None, quality: str, dtype: str | None) 
         raise ValueError("there is no config.json, which says what this is")
     given = relatives.read_config(folder)
     if is_hugging_face(given):
+        if base is not None:
+            raise ValueError("--base is for adapters, and this is a folder of Hugging Face's")
         plan = hugging_face.plan(folder, given)
     else:
         plan = relatives.plan(folder, given, base, quality, dtype)

@@ -391,9 +391,11 @@ def moshi(tensors: Tensors, given: dict) -> tuple[Plan, set[str]]:
 
 
 def helium(tensors: Tensors, given: dict) -> tuple[Plan, set[str]]:
-    """A text model: a Moshi that neither hears nor speaks. Its table of text has one more row, for the token
-    that starts the stream, which is a copy of the row of Helium's own first token: then the first steps are
-    the same."""
+    """A text model: a Moshi that neither hears nor speaks.
+
+    Moshi's table of text has one more row, for the token that starts the stream. It becomes a copy of the row
+    of Helium's own first token, so that both start in the same way.
+    """
     config = helium_config(given, "config.json")
     start, name = given.get("bos_token_id", 1), "model.embed_tokens.weight"
     if type(start) is not int or not 0 <= start < config.text_card:

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Makes the history that gives PersonaPlex its voice and its role, to be gone on from: `generate.py --history
-OUT`.
+"""Makes the history that gives PersonaPlex a voice and a role: `generate.py --history OUT` goes on from it.
 
     python tools/prompt.py CHECKPOINT OUT.npz --voice VOICE --text "You enjoy having a good conversation."
 
 CHECKPOINT is a folder of tools/convert.py. VOICE is a WAV, or one of the `.pt` files that come with
-PersonaPlex: sums of embeddings, from which the codes are found again. Moshi speaks in that voice, is silent
-for half a second, is silent while it is given the text, and once more. The user's side is a tone meanwhile.
-From NVIDIA's `LMGen.step_system_prompts`."""
+PersonaPlex: sums of embeddings, in which the codes are found again. In the history Moshi speaks in that
+voice, is silent for half a second, then while it is given the text, a token a frame, and for half a second
+more. From the user comes a tone meanwhile. NVIDIA's program does so in `LMGen.step_system_prompts`.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +42,7 @@ PAUSE = 0.5  # seconds of silence before and after the text
 def history(
     voice: Tensor, text: Sequence[int], config: MoshiConfig, pause: int, silence=SILENCE, tone=TONE
 ) -> Tensor:
-    """The codes [1 + n_q, F] of all streams, aligned: voice [dep_q, N], pause, text tokens one a frame,
-    pause."""
+    """The codes [1 + n_q, F] of all streams, aligned: a voice [dep_q, N], a pause, a text, a pause."""
     silent = torch.tensor(silence)[:, None].expand(-1, 2 * pause + len(text))
     moshi = torch.cat([voice, silent], dim=1)
     user = torch.tensor(tone)[:, None].expand(-1, moshi.shape[1])
@@ -130,40 +129,28 @@ def rows_that_add_up(totals: Tensor, tables: list[Tensor]) -> Tensor:
     return found
 
 
-def voice_of_embeddings(path: Path, weights: Path, config: MoshiConfig, tone=TONE) -> Tensor:
-    """The codes [dep_q, N - 1] of a `.pt`: those of a voice of N frames, without the first, which nobody
-    hears.
+def voice_of_embeddings(path: Path, weights: Path, config: MoshiConfig) -> Tensor:
+    """The codes [dep_q, N - 1] of a `.pt`: a voice of N frames, without the first, which is never heard.
 
-    It holds `embeddings` [N - 1, 1, 1, D], the sums of all tables at steps 0 to N - 2, and `cache` [1, 1 +
-    n_q, columns], the tokens around step N, step s in column s % columns. Stream k of frame f is read at step
-    f + delays[k]."""
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)  # a pickle, of tensors only
-        sums, cache = stored["embeddings"].float().flatten(1), stored["cache"][0].long()
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError, TypeError, AttributeError):
-        raise ValueError(f"{path}: not a voice of PersonaPlex, which holds embeddings and a cache") from None
-    own, frames = config.dep_q, len(sums) + 1
-    if (
-        frames < 3
-        or sums.shape[1:] != (config.dim,)
-        or len(cache) != 1 + config.n_q
-        or cache.shape[1] < max(config.delays) + 2
-    ):
-        raise ValueError(f"{path}: its sizes are not those of the checkpoint")
-    tensors = open_tensors([weights])
+    Steps 0 to N - 2 are sums of embeddings, those from N - 1 on tokens. Stream k of frame f is read in step
+    f + delays[k].
+    """
+    sums, cache = read_voice(path, config)
+    own, frames, tensors = config.dep_q, len(sums) + 1, open_tensors([weights])
     text = take(tensors, "text_emb.weight", [config.text_card + 1, config.dim]).read()
     names = [f"emb.{k}.weight" for k in range(config.n_q)]
     tables = [take(tensors, name, [config.card + 1, config.dim]).read().float() for name in names]
 
     steps = torch.arange(1, frames - 1)  # step 0 reads the initial tokens
     known = text[config.existing_text_padding_id].float()
-    for table, code, delay in zip(tables[own:], tone, config.delays[1 + own :]):
+    for table, code, delay in zip(tables[own:], TONE, config.delays[1 + own :]):
         known = known + table[torch.where(steps <= delay, config.card, code)]
-    read = torch.full((own, frames + max(config.delays)), -1)  # Moshi's tokens in all steps
-    rows = rows_that_add_up(sums[1:] - known, tables[:own])
-    rest = sums[1:] - known - sum(table[row] for table, row in zip(tables, rows))
+    unknown = sums[1:] - known
+    rows = rows_that_add_up(unknown, tables[:own])
+    rest = unknown - sum(table[row] for table, row in zip(tables, rows))
     if (rest.norm(dim=1) > 0.05 * sums[1:].norm(dim=1)).any():  # rounding to bfloat16 leaves 0.01
         raise ValueError(f"{path}: its embeddings are not of this checkpoint's tables")
+    read = torch.full((own, frames + max(config.delays)), -1)  # Moshi's tokens in all steps
     read[:, 1 : frames - 1] = rows
     for step in range(frames - 1, read.shape[1]):
         read[:, step] = cache[1 : 1 + own, step % cache.shape[1]]
@@ -171,6 +158,20 @@ def voice_of_embeddings(path: Path, weights: Path, config: MoshiConfig, tone=TON
     if voice.min() < 0 or voice.max() >= config.card:
         raise ValueError(f"{path}: its cache holds {voice.min()} to {voice.max()}, which are no codes")
     return voice
+
+
+def read_voice(path: Path, config: MoshiConfig) -> tuple[Tensor, Tensor]:
+    """What a `.pt` holds: `embeddings` [N - 1, 1, 1, D] as [N - 1, D], and `cache` [1, 1 + n_q, columns] as
+    [1 + n_q, columns], the last tokens, those of step s in column s % columns."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)  # a pickle, of tensors only
+        sums, cache = stored["embeddings"].float().flatten(1), stored["cache"][0].long()
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError, TypeError, AttributeError):
+        raise ValueError(f"{path}: not a voice of PersonaPlex, which holds embeddings and a cache") from None
+    fits = sums.shape[1:] == (config.dim,) and len(cache) == 1 + config.n_q
+    if not fits or len(sums) < 2 or cache.shape[1:].numel() < max(config.delays) + 2:
+        raise ValueError(f"{path}: its sizes are not those of the checkpoint")
+    return sums, cache
 
 
 # ------------------------------------------------------------------------------------------------ the command

@@ -99,8 +99,7 @@ def merge(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 
 def merged(base: Tensors, adapters: Tensors, scaling: float) -> Tensors:
-    """The base model with moshi-finetune's adapters in its linear layers, and the tables that it trained
-    whole."""
+    """The base with the adapters in its linear layers, and the tables that moshi-finetune trained whole."""
     result = dict(base)
     for name, tensor in adapters.items():
         target = re.sub(r"\.lora_[AB]\.", ".", name)
@@ -140,8 +139,7 @@ def spelled_out(tensors: Tensors, schedule: list[int]) -> Tensors:
 
 
 def conditioned(tensors: Tensors, given: dict, quality: str) -> Tensors:
-    """A condition for good. It is added to every input, and so is a text token: it goes into that whole
-    table."""
+    """The condition for good: it is added to every input, as a text token is, so it goes into that table."""
     try:
         (condition,) = given["conditioners"]
         values = given["conditioners"][condition]["lut"]["possible_values"]
@@ -161,14 +159,12 @@ def conditioned(tensors: Tensors, given: dict, quality: str) -> Tensors:
 
 
 def folded(table: Tensor, words: Tensor, projection: Tensor, index: int) -> Tensor:
-    """table [tokens, D] plus a word's condition in each row: projection [D, d] times words [values, d] at
-    index."""
+    """table [tokens, D] with a condition added to each row: projection [D, d] times row `index` of words."""
     return table + F.linear(words[index], projection).to(table.dtype)
 
 
 def with_late_end(tensors: Tensors) -> Tensors:
-    """The end of the text (2) reads as PAD (3) when it comes too early, as the official loader arranges
-    it."""
+    """The end of the text (2) reads as PAD (3): it may come too early. The official loader does the same."""
     name = "text_emb.weight"
     if name not in tensors:
         raise ValueError(f"the tensor {name} is missing")
@@ -191,8 +187,7 @@ def first_half(tensors: Tensors, own: int) -> Tensors:
 
 
 def personaplex(given: dict) -> dict:
-    """Its config.json only says its name: the sizes are Moshi 7B's, with the user's codebooks predicted,
-    too."""
+    """Its config.json only says its name: it has Moshi 7B's sizes, and predicts the user's codebooks, too."""
     return {**MoshiConfig().to_dict(), "dep_q": 16, **given, "model_type": "moshi"}
 
 
@@ -228,12 +223,15 @@ def plan(folder: Path, given: dict, base: Path | None, quality: str, dtype: str 
     sets = max(schedule, default=0) + 1
 
     whole, adapters = folder / "consolidated.safetensors", folder / file_name(given, "lora_name")
-    if adapters.is_file() and base is None and not whole.is_file():
+    changes = adapters.is_file() and not whole.is_file()
+    if changes and base is None:
         raise ValueError(f"{adapters.name} changes another model: name its folder with --base")
+    if base is not None and not changes and not whole.is_file():
+        raise ValueError(f"there is no {adapters.name} to change {base} with")
     weights = whole if whole.is_file() else home / file_name(told, "moshi_name")
     stored = newer_names(open_tensors([weights]), sets)
     tensors = dequantized(stored, torch.float32 if dtype == "float32" else torch.bfloat16)
-    if adapters.is_file():
+    if changes:
         tensors = merged(tensors, newer_names(open_tensors([adapters]), sets), read_scaling(given))
     tensors = spelled_out(tensors, schedule)
     if given.get("conditioners"):
@@ -257,8 +255,7 @@ def read_config(folder: Path) -> dict:
 
 
 def without_spent(given: dict) -> tuple[dict, MoshiConfig]:
-    """config.json as far as it stays, and the sizes in it; a ValueError if moshi_min doesn't know what is
-    left."""
+    """What stays of config.json, and the sizes in it; ValueError if moshi_min doesn't know what is left."""
     config = {key: value for key, value in given.items() if key not in SPENT} | {"lora": False}
     if given.get("model_type") == "hibiki":
         config["model_type"] = "moshi"
@@ -295,11 +292,9 @@ def read_scaling(given: dict) -> float:
 def companions(home: Path, told: dict, config: dict, hears: bool) -> tuple[dict[str, Path], list[str]]:
     """The words, and for a model that hears the codec, in `home`, as its config.json names them; the names of
     what is not there. `config` gets all the names."""
-    keys = (
-        ["tokenizer_name"]
-        + hears * ["mimi_name"]
-        + (hears and "mimi_config_name" in told) * ["mimi_config_name"]
-    )
+    keys = ["tokenizer_name", *(["mimi_name"] if hears else [])]
+    if hears and told.get("mimi_config_name"):
+        keys.append("mimi_config_name")
     names = {key: file_name(told, key) for key in keys}
     if taken := {MOSHI_FILE, "config.json"} & set(names.values()):
         raise ValueError(f"config.json: {min(taken)} is not the name of the codec or of the words")
