@@ -12,6 +12,7 @@ import math
 import os
 import secrets
 import shlex
+import shutil
 import signal
 import struct
 import sys
@@ -95,7 +96,8 @@ def read_json(path: str | Path, make: Callable = dict):
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write that gets the name `path` once the block has ended well, and is gone otherwise.
 
-    A link is written through, permissions stay. If it can't have its name, an OSError says where it is.
+    A link is written through, permissions stay. If the name can't be given anew (a file that is mounted by
+    itself), what has it is written over; if that can't be either, an OSError says where the new file is.
     """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f"{secrets.token_hex(8)}.part")  # nobody can plant a link of that name
@@ -107,20 +109,30 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             try:
                 os.replace(temporary, path)
-            except OSError as error:  # mounted by itself, in use (Windows), its folder gone
-                kept = keep_elsewhere(file, temporary, path.suffix)
-                raise OSError(0, f"{error.strerror}; what was made is {kept}", str(path)) from None
+            except OSError as error:
+                kept = copy_instead(file, temporary, path)
+                if kept != path:
+                    raise OSError(0, f"{error.strerror}; what was made is {kept}", str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def keep_elsewhere(file: BinaryIO, temporary: Path, suffix: str) -> str:
-    """Copies what was written into the system's folder for temporary files; returns the name there."""
-    with tempfile.NamedTemporaryFile(suffix=suffix, delete=False) as kept:
-        file.seek(0)
-        # Weights are written by name, past `file`; and a file without a name can still be read.
-        kept.writelines(open(temporary, "rb") if temporary.exists() else file)
-    return kept.name
+def copy_instead(file: BinaryIO, temporary: Path, path: Path) -> Path:
+    """Copies what was written over what `path` is, or else into the system's folder for temporary files."""
+
+    def copy_to(target) -> None:
+        # Weights are written by name, past `file`. If the folder is gone, only `file` is left.
+        with open(temporary, "rb") if temporary.exists() else contextlib.nullcontext(file) as source:
+            source.seek(0)
+            shutil.copyfileobj(source, target)
+        target.truncate()
+
+    with contextlib.suppress(OSError), open(path, "r+b") as there:
+        copy_to(there)
+        return path
+    with tempfile.NamedTemporaryFile(suffix=path.suffix, delete=False) as elsewhere:
+        copy_to(elsewhere)
+    return Path(elsewhere.name)
 
 
 # ---------------------------------------------------------------------------------------------------- weights
@@ -271,6 +283,7 @@ def clock(seconds: float) -> str:
 INTEGERS, FLOATING, EXTENSIBLE = 1, 3, 0xFFFE  # formats of WAV files
 UNKNOWN = 0xFFFFFFFF  # the size of what is longer than 4 GiB
 PART = 2**18  # samples that are worked on at a time
+AGAIN = "; record or copy it again"
 
 
 class Format(NamedTuple):
@@ -289,14 +302,13 @@ def read_wav(path: str | Path) -> tuple[Tensor, int]:
     It is read in parts, so that an hour takes little more memory than itself. Problem if it can't be read;
     what is wrong with it and can be lived with is a warning.
     """
-    convert = f"; convert it: ffmpeg -i {shlex.quote(str(path))} -ar 24000 -c:a pcm_s16le new.wav"
     with open_regular(path) as file:
-        form, size = find_sound(file, path, convert)
+        form, size = find_sound(file, path)
         place = file.tell()
         rest = file.seek(0, os.SEEK_END) - place
         whole = min(size, rest) // form.block * form.block
         if not whole:
-            raise Problem(f"{path} holds no sound; record or copy it again")
+            raise Problem(f"{path} holds no sound{AGAIN}")
         file.seek(place)
         sound, peak = np.empty(whole // form.block, np.float32), np.float64(0)
         for start in range(0, len(sound), PART):
@@ -305,29 +317,33 @@ def read_wav(path: str | Path) -> tuple[Tensor, int]:
             part[:] = samples.clip(-1, 1).mean(axis=1, dtype=np.float32)
             peak = np.maximum(peak, np.abs(samples).max())  # not a number, if one of them is none
     if not np.isfinite(peak):
-        raise Problem(f"{path} holds samples that are not finite; record or copy it again")
+        raise Problem(f"{path} holds samples that are not finite{AGAIN}")
     if peak > (10 if form.kind == FLOATING else 1):
-        cure = convert.replace("-ar", f"-af volume={0.9 / peak:.1g} -ar")
+        cure = converting(path, f"-af volume={0.9 / peak:.1g} ")
         raise Problem(f"{path} holds samples far beyond -1..1, up to {peak:.6g}{cure}")
     if size > rest:
         warn(f"{path} is cut off: {rest} of {size} bytes of sound are there, and read")
     if peak > 1.01:
         warn(f"{path} is louder than full scale, up to {peak:.3g}, and is cut to -1..1")
-    if np.abs(sound).max() < 1e-3:
+    if max(sound.max(), -sound.min()) < 1e-3:
         warn(f"{path} is as good as silent{' once its channels are mixed' if peak > 0.01 else ''}")
     return torch.from_numpy(sound), form.rate
 
 
-def find_sound(file: BinaryIO, path: str | Path, convert: str) -> tuple[Format, int]:
+def converting(path: str | Path, volume: str = "") -> str:
+    """Advice that can be pasted into a shell."""
+    return f"; convert it: ffmpeg -i {shlex.quote(str(path))} {volume}-ar 24000 -c:a pcm_s16le new.wav"
+
+
+def find_sound(file: BinaryIO, path: str | Path) -> tuple[Format, int]:
     """Reads a WAV up to the first byte of its sound: its format, and how many bytes its header promises."""
-    again = "; record or copy it again"
     end = file.seek(0, os.SEEK_END)
     file.seek(0)
     riff = file.read(12)
     if not riff:
-        raise Problem(f"{path} is an empty file{again}")
+        raise Problem(f"{path} is an empty file{AGAIN}")
     if riff[:4] not in (b"RIFF", b"RF64", b"BW64") or riff[8:] != b"WAVE":  # the last two: beyond 4 GiB
-        raise Problem(f"{path} is not a WAV file{convert}")
+        raise Problem(f"{path} is not a WAV file{converting(path)}")
     chunks: dict[bytes, bytes] = {}  # each has a name, a size, and contents padded to an even length
     name = b""
     for _ in range(10_000):  # zeros, too, would be chunks, and there can be gigabytes of them
@@ -341,8 +357,8 @@ def find_sound(file: BinaryIO, path: str | Path, convert: str) -> tuple[Format, 
         chunks[name] = file.read(min(size, 40))
         file.seek(place + size + size % 2)
     if name != b"data":
-        raise Problem(f"{path} ends before its sound begins{again}")
-    form = read_format(chunks.get(b"fmt ", b""), path, convert)
+        raise Problem(f"{path} ends before its sound begins{AGAIN}")
+    form = read_format(chunks.get(b"fmt ", b""), path)
     whole = struct.unpack_from("<I", riff, 4)[0] == end - 8
     long = chunks.get(b"ds64", b"")  # sizes in 64 bits
     if size == UNKNOWN and len(long) >= 16:
@@ -352,7 +368,7 @@ def find_sound(file: BinaryIO, path: str | Path, convert: str) -> tuple[Format, 
     return form, size
 
 
-def read_format(fmt: bytes, path: str | Path, convert: str) -> Format:
+def read_format(fmt: bytes, path: str | Path) -> Format:
     """The contents of a `fmt ` chunk; a Problem if such samples aren't read here."""
     kind, channels, rate, _, block, bits = struct.unpack_from("<HHIIHH", fmt.ljust(16, b"\0"))
     if kind == EXTENSIBLE and len(fmt) >= 26:
@@ -370,7 +386,7 @@ def read_format(fmt: bytes, path: str | Path, convert: str) -> Format:
     if not known or not fits or len(fmt) < 16 or not 1000 <= rate <= 1_000_000:
         raise Problem(
             f"{path}: a fmt of {len(fmt)} bytes, format {kind}, {bits} bits, a block size of {block}, "
-            f"{channels} channels at {rate} Hz is not read here{convert}"
+            f"{channels} channels at {rate} Hz is not read here{converting(path)}"
         )
     return Format(kind, channels, rate, block, bits)
 

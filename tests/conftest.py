@@ -21,6 +21,12 @@ torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
 warnings.filterwarnings("ignore", category=FutureWarning)
 
+# In the background, or under nohup, a process ignores some signals, and so would the programs that tests
+# start. A handler that does nothing is no different here, and isn't handed on to them.
+for name in ("SIGINT", "SIGHUP"):
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, name), lambda *_: None)
+
 REFERENCES = ("moshi", "transformers")
 NO_GPU = "no CUDA device on this machine"
 # One case for each place and precision where a test of the language model runs.
