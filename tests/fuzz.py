@@ -29,7 +29,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / part) for part in ("", "tests", "tools")]
 
-import convert_hf  # noqa: E402
+import convert  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from random_checkpoint import make_random_checkpoint  # noqa: E402
@@ -321,7 +321,7 @@ class Case:
         if code not in (0, 2):
             found.append(f"exit code {code}")
         if code == 2 and (
-            len(lines) != 1 or not lines[0].startswith(("generate.py: error: ", "convert_hf.py: "))
+            len(lines) != 1 or not lines[0].startswith(("generate.py: error: ", "convert.py: "))
         ):
             found.append("not one line")
         long = [line for line in err.getvalue().split("\n") if len(line) > 600 or not (line.isprintable())]
@@ -432,8 +432,8 @@ def one_case(seed: int, good: Path, hf: Path | None) -> tuple[str, list[str], li
                 )
                 way(folder / ("model.safetensors" if way == case.weights_of else "config.json"))
                 out = case.pick("out", "out", "hf", ".", "hf/config.json", "x" * 300, "a\nb")
-                sys.argv = ["convert_hf.py", str(folder), out]
-                return "converter", case.told, case.run(lambda _: convert_hf.main(), None)
+                sys.argv = ["convert.py", str(folder), out]
+                return "converter", case.told, case.run(lambda _: convert.main(), None)
             shutil.copytree(good, case.checkpoint)
             case.question.write_bytes(question_bytes())
             case.spoil()

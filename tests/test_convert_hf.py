@@ -1,4 +1,5 @@
-"""tools/convert_hf.py: random Hugging Face models of odd sizes, saved, converted and compared.
+"""tools/convert.py on Hugging Face's folders: random Hugging Face models of odd sizes, saved, converted and
+compared.
 
 What is compared, in order: the codec, the logits of both transformers, generation. The official package also
 loads each result, since the format is its own. Hugging Face's `forward` neither delays nor shifts, so the raw
@@ -16,7 +17,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-import convert_hf
+import convert
+import hugging_face
 import pytest
 import reference
 import torch
@@ -147,7 +149,7 @@ def hf_moshi(name):
 def run_tool(folder, out, cwd=None):
     """The tool as its user runs it: (exit code, stdout, stderr)."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "convert_hf.py"), str(folder), str(out)],
+        [sys.executable, str(ROOT / "tools" / "convert.py"), str(folder), str(out)],
         capture_output=True,
         cwd=cwd,
         text=True,
@@ -165,8 +167,8 @@ def pair(request, tmp_path_factory):
     assert (folder / "hf" / "model.safetensors").exists() == (request.param == "plain"), (
         "both ways must be tried"
     )
-    said = convert_hf.convert(folder / "hf", folder / "out")
-    assert "no SentencePiece file" in said
+    said = convert.convert(folder / "hf", folder / "out")
+    assert said.endswith(TOKENIZER_FILE)
     return model, load_checkpoint(folder / "out", dtype=torch.float32), folder
 
 
@@ -218,7 +220,7 @@ def test_codec_alone(tmp_path):
     model.save_pretrained(tmp_path / "hf")
     (tmp_path / "out").mkdir()  # an empty folder is welcome
     code, out, err = run_tool(tmp_path / "hf", tmp_path / "out")
-    assert (code, err) == (0, "") and "SentencePiece" not in out
+    assert (code, err) == (0, "") and "to be put" not in out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         [MIMI_FILE, "mimi_config.json"]
     )
@@ -236,7 +238,7 @@ def test_released_codec_config():
     """Hugging Face's defaults are the released Mimi's; older files name the keys otherwise or lack them."""
     expected = loaders._mimi_config
     for given in (transformers.MimiConfig().to_dict(), {}, {"frame_rate": 12.5, "rope_theta": 10000.0}):
-        ours = convert_hf.mimi_config(given, "x")
+        ours = hugging_face.mimi_config(given, "x")
         assert ours == MimiConfig() == MimiConfig.from_dict(expected)
         assert ours.to_dict() == expected
 
@@ -252,8 +254,8 @@ def test_released_language_model_config():
         ),
         ({}, {}),
     ):
-        config = convert_hf.moshi_config(given, depth, "x")
-        assert config == convert_hf.MoshiConfig() == convert_hf.MoshiConfig.from_dict(config.to_dict())
+        config = hugging_face.moshi_config(given, depth, "x")
+        assert config == hugging_face.MoshiConfig() == hugging_face.MoshiConfig.from_dict(config.to_dict())
         assert (config.hidden_scale, config.depformer_dim_feedforward) == (4.125, 4224)
 
 
@@ -272,13 +274,13 @@ def test_feedforward_width():
     for dim in range(4, 80, 2):
         for hidden in range(dim, 3 * dim + 3):
             try:
-                _, width = convert_hf.read_transformer({"ffn_dim": 2 * hidden}, 2, dim, 0, "x")
+                width = hugging_face.official_width(dim, {"ffn_dim": 2 * hidden}, "ffn_dim", 0, "x")
             except ValueError:
                 assert all(gated_width(dim, width) != hidden for width in range(5 * dim + 9))
                 continue
             assert gated_width(dim, width) == hidden
     with pytest.raises(ValueError, match="ffn_dim of 170"):
-        convert_hf.read_transformer({"ffn_dim": 170}, 2, 32, 0, "x")
+        hugging_face.official_width(32, {"ffn_dim": 170}, "ffn_dim", 0, "x")
 
 
 # ----------------------------------------------------------------------------------------------------- logits
@@ -419,13 +421,15 @@ def test_dtype_and_tokenizer(tmp_path):
     model = hf_moshi("plain")
     model.to(torch.bfloat16).save_pretrained(tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.model").write_bytes(b"as it is")
-    said = convert_hf.convert(tmp_path / "hf", tmp_path / "a" / "b")
-    assert "SentencePiece" not in said
+    said = convert.convert(tmp_path / "hf", tmp_path / "a" / "b")
+    assert "to be put" not in said
     out = tmp_path / "a" / "b"
     assert (out / TOKENIZER_FILE).read_bytes() == b"as it is"
     for name in (MOSHI_FILE, MIMI_FILE):
         assert {tensor.dtype for tensor in load_file(out / name).values()} == {torch.bfloat16}
-    config = convert_hf.moshi_config(model.config.to_dict(), model.config.depth_decoder_config.to_dict(), "x")
+    config = hugging_face.moshi_config(
+        model.config.to_dict(), model.config.depth_decoder_config.to_dict(), "x"
+    )
     moshi = load_moshi(out / MOSHI_FILE, config, dtype=None)
     assert moshi.text_emb.weight.equal(model.decoder.model.embed_tokens.weight)
     assert moshi.depth_decoder.output_proj.weight.equal(model.depth_decoder.lm_heads.weight)
@@ -509,11 +513,11 @@ BAD = {  # what is done to a good folder -> what the line says
     ),
     "tensor misshapen": (
         lambda f: change_tensors(f / "model.safetensors", lambda t: t.update({HEAD: t[HEAD][1:]})),
-        f"{HEAD} has the shape [39, 32], expected [40, 32]",
+        f"{HEAD} has the shape [39, 32] and the dtype float32, expected floats of the shape [40, 32]",
     ),
     "tensor of integers": (
         lambda f: change_tensors(f / "model.safetensors", lambda t: t.update({HEAD: t[HEAD].int()})),
-        f"{HEAD} and what joins it are I32",
+        f"{HEAD} is of the kind I32, expected",
     ),
     "nan": (lambda f: change_json(f / "config.json", rope_theta=math.nan), "config.json"),
     "beyond floats": (lambda f: (f / "config.json").write_text('{"rope_theta": 1e999}'), "config.json"),
@@ -564,7 +568,7 @@ def test_bad_input(good_folder, tmp_path, what):
     spoil, says = BAD[what]
     spoil(folder)
     with pytest.raises((ValueError, OSError), match=re.escape(says)):
-        convert_hf.convert(folder, tmp_path / "out")
+        convert.convert(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] in (["hf"], ["away"])
 
 
@@ -591,8 +595,8 @@ def test_bad_shards(tmp_path):
     last = folder / sorted(shards.values())[-1]
     kept = last.read_bytes()
     last.unlink()
-    with pytest.raises(ValueError, match=f"{last.name}: there is no such file"):
-        convert_hf.convert(folder, tmp_path / "out")
+    with pytest.raises(ValueError, match=f"there is no file {last.name}"):
+        convert.convert(folder, tmp_path / "out")
     last.write_bytes(kept)
     for wrong in (
         {},
@@ -603,7 +607,7 @@ def test_bad_shards(tmp_path):
     ):
         index.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match="no weight_map"):
-            convert_hf.convert(folder, tmp_path / "out")
+            convert.convert(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -617,7 +621,7 @@ def test_a_tensor_in_two_shards(good_folder, tmp_path):
     weight_map = dict.fromkeys(tensors, "b.safetensors") | {HEAD: "a.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ValueError, match=f"b.safetensors: the tensor {HEAD} is in another shard"):
-        convert_hf.convert(folder, tmp_path / "out")
+        convert.convert(folder, tmp_path / "out")
 
 
 def test_outputs_that_are_something_else(good_folder, tmp_path, monkeypatch):
@@ -651,7 +655,7 @@ def test_a_mark_and_a_long_key(good_folder, tmp_path):
 @pytest.mark.parametrize("wait", [0, 0.5, 2.5])
 def test_signals(good_folder, tmp_path, ending, wait):
     """While it imports or writes: nothing is left but what is whole, and no traceback."""
-    command = [sys.executable, ROOT / "tools" / "convert_hf.py", good_folder, tmp_path / "out"]
+    command = [sys.executable, ROOT / "tools" / "convert.py", good_folder, tmp_path / "out"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         until_it_hears_signals(process.pid)
         time.sleep(wait)
@@ -669,7 +673,93 @@ def test_disk_full(good_folder, tmp_path, monkeypatch):
         raise error
 
     for error in (OSError("no space left"), KeyboardInterrupt()):
-        monkeypatch.setattr(convert_hf, "write", partial(write, error))
+        monkeypatch.setattr(convert, "write", partial(write, error))
         with pytest.raises(type(error)):
-            convert_hf.convert(good_folder, tmp_path / "out")
+            convert.convert(good_folder, tmp_path / "out")
         assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------- Helium alone
+
+HELIUM = dict(
+    vocab_size=45,
+    hidden_size=48,
+    intermediate_size=53,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=90,
+    rope_parameters={"rope_type": "default", "rope_theta": 300.0},
+    bos_token_id=7,
+    eos_token_id=2,
+    pad_token_id=3,
+)
+
+
+@pytest.fixture(scope="module")
+def helium(tmp_path_factory):
+    """(a random HeliumForCausalLM, what came out of its shards)."""
+    folder = tmp_path_factory.mktemp("helium")
+    model = randomise(transformers.HeliumForCausalLM(transformers.HeliumConfig(**HELIUM)), seed=4)
+    model.save_pretrained(folder / "hf", max_shard_size="60KB")
+    assert not (folder / "hf" / "model.safetensors").exists()
+    assert convert.convert(folder / "hf", folder / "out").endswith(TOKENIZER_FILE)
+    return model, load_checkpoint(folder / "out", dtype=torch.float32)
+
+
+def test_helium_logits(helium):
+    """A text model: no codec, no depth decoder, and neighbours rotate already in Hugging Face's file."""
+    model, checkpoint = helium
+    assert checkpoint.mimi is None and checkpoint.moshi.depth_decoder is None
+    config = checkpoint.moshi.config
+    assert (config.context, config.max_period, config.n_q, config.kv_repeat) == (90, 300.0, 0, 3)
+    text = torch.randint(45, (2, 60))
+    with torch.no_grad():
+        theirs = model(input_ids=text, output_hidden_states=True)
+        hidden, logits = checkpoint.moshi.temporal(text[:, None])
+    close(hidden, theirs.hidden_states[-1])
+    close(logits, theirs.logits)
+
+
+def test_helium_goes_on(helium):
+    """Our stream starts with Helium's first token: both go on from a prompt with the same tokens."""
+    model, checkpoint = helium
+    said = torch.randint(8, 45, (2, 9))
+    first = torch.full((2, 1), HELIUM["bos_token_id"])
+    theirs = model.generate(
+        input_ids=torch.cat([first, said], 1), max_new_tokens=70, do_sample=False, eos_token_id=None
+    )
+    gen = MoshiGen(checkpoint.moshi, batch_size=2, greedy=True)
+    nothing = torch.empty(2, 0, 1, dtype=torch.long)
+    mine = torch.cat([gen.prefill(said[:, None]), *(gen.step(nothing) for _ in range(69))], -1)[:, 0]
+    assert mine.equal(theirs[:, -70:]) and len(mine.unique()) > 5
+
+
+def test_released_helium_config():
+    """Hugging Face's defaults are those of Helium 2B; older files name the period otherwise."""
+    for given in (transformers.HeliumConfig().to_dict(), {}, {"rope_theta": 100000.0}):
+        config = hugging_face.helium_config(given, "x")
+        assert (config.dim, config.num_layers, config.text_card, config.context) == (2560, 24, 48000, 4096)
+        assert (config.hidden_scale, config.max_period, config.delays) == (4.125, 100000.0, (0,))
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"bos_token_id": 45}, "bos_token_id 45"),
+        ({"bos_token_id": None}, "bos_token_id None"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"intermediate_size": 0}, "intermediate_size of 0"),
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-06"),
+        ({"vocab_size": 44}, "expected floats of the shape [44, 48]"),
+        ({"head_dim": 4}, "head_dim 4"),
+    ],
+)
+def test_bad_helium(tmp_path, change, says):
+    model = transformers.HeliumForCausalLM(transformers.HeliumConfig(**HELIUM))
+    model.save_pretrained(tmp_path / "hf")
+    change_json(tmp_path / "hf" / "config.json", **change)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        convert.convert(tmp_path / "hf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -762,7 +762,7 @@ def test_int8_takes_little_memory_to_load(tmp_path, kind):
     print(
         f"{peak / 1e6:.0f} MB for {size / 1e6:.0f} MB of int8, its largest matrix {largest / 1e6:.0f} million"
     )
-    assert size > 1.5e8 and peak < size + 14 * largest
+    assert size > 1.5e8 and peak < size + 20 * largest  # with the whole file it is twice that
 
 
 # ---- histories ---------------------------------------------------------------------------------------------
