@@ -174,6 +174,7 @@ class WeightFile:
 # ------------------------------------------------------------------------------------------------------ sound
 
 INTEGERS, FLOATING, EXTENSIBLE = 1, 3, 0xFFFE  # formats of WAV files
+WIDTHS = {INTEGERS: (1, 2, 3, 4), FLOATING: (4, 8)}  # bytes of a sample, of those that are read
 UNKNOWN = 0xFFFFFFFF  # the size of what is longer than 4 GiB
 PART = 2**18  # samples that are worked on at a time
 AGAIN = "; record or copy it again"
@@ -267,14 +268,7 @@ def read_format(fmt: bytes, path: str | Path) -> Format:
     if kind == EXTENSIBLE and len(fmt) >= 26:
         kind = struct.unpack_from("<H", fmt, 24)[0]  # the true format opens a longer name
     width = block // max(channels, 1)  # bytes of a sample
-    known = (kind, width) in [
-        (INTEGERS, 1),
-        (INTEGERS, 2),
-        (INTEGERS, 3),
-        (INTEGERS, 4),
-        (FLOATING, 4),
-        (FLOATING, 8),
-    ]
+    known = width in WIDTHS.get(kind, ())
     fits = width * channels == block and (width == math.ceil(bits / 8) or (width, bits) == (4, 24))
     if not known or not fits or len(fmt) < 16 or not 1000 <= rate <= 1_000_000:
         raise Problem(
@@ -351,7 +345,10 @@ def stop(number: int, _) -> None:
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:
-    """Ends the process with the exit code of `main`, around which streams and signals do what they should."""
+    """Runs `main` and ends the process with its exit code, or with 128 + the signal that ended it.
+
+    Streams may be closed, full or non-blocking. Python itself has nothing to say at the end.
+    """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # the caller has closed it
             setattr(sys, name, open(os.devnull, "r+"))
