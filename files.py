@@ -205,11 +205,12 @@ def read_wav(path: str | Path) -> tuple[Tensor, int]:
             raise Problem(f"{path} holds no sound{AGAIN}")
         file.seek(place)
         sound, peak = np.empty(whole // form.block, np.float32), np.float64(0)
-        for start in range(0, len(sound), PART):
-            part = sound[start : start + PART]
-            samples = decode_pcm(file.read(len(part) * form.block), form)
-            part[:] = samples.clip(-1, 1).mean(axis=1, dtype=np.float32)
-            peak = np.maximum(peak, np.abs(samples).max())  # not a number, if one of them is none
+        with np.errstate(all="ignore"):  # numpy would warn of what is checked below
+            for start in range(0, len(sound), PART):
+                part = sound[start : start + PART]
+                samples = decode_pcm(file.read(len(part) * form.block), form)
+                part[:] = samples.clip(-1, 1).mean(axis=1, dtype=np.float32)
+                peak = np.maximum(peak, np.abs(samples).max())  # not a number, if one of them is none
     if not np.isfinite(peak):
         raise Problem(f"{path} holds samples that are not finite{AGAIN}")
     if peak > (10 if form.kind == FLOATING else 1):

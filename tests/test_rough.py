@@ -403,6 +403,15 @@ def test_floats_that_are_not_normalized(tmp_path, call):
     assert code == 0 and err.startswith("warning: x.wav is louder than full scale")
 
 
+@pytest.mark.parametrize("bits", [0x7FF0000000000001, 0x7FF8000000000000, 0xFFF0000000000000])
+def test_floats_that_are_no_numbers(tmp_path, call, recwarn, bits):
+    """Signalling ones among them, of which numpy warns when it adds them up."""
+    data = SOUND.astype("<f8").tobytes() + struct.pack("<QQ", bits, bits)
+    (tmp_path / "x.wav").write_bytes(riff(b"RIFF", header(64, 16, 3, 2), data[: len(data) // 16 * 16]))
+    one_line(*call("x.wav")[::2], "not finite")
+    assert not list(recwarn)
+
+
 @pytest.mark.parametrize("samples", [np.stack([SOUND, -SOUND], 1), SOUND * 1e-4, np.zeros(5000)])
 def test_silence_is_told(tmp_path, call, samples):
     (tmp_path / "x.wav").write_bytes(wav(samples, width=3))
