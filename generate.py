@@ -110,12 +110,14 @@ def talk(mimi: Mimi, gen: MoshiGen, frames, screen, writer, kept: list[array.arr
     try:
         for heard, said, sound in converse(mimi, gen, screen.watch(frames)):
             for streams, codes in ((kept[: gen.own], said), (kept[gen.own :], heard)):
-                for stream, code in zip(streams, [] if codes is None else codes[0, :, 0].tolist()):
-                    stream.append(code)
+                if streams and codes is not None:
+                    for stream, code in zip(streams, codes[0, :, 0].tolist()):
+                        stream.append(code)
             if said is not None:
-                if said[0, 0] < 0:
+                token = int(said[0, 0])
+                if token < 0:
                     fail("the model makes numbers that are not finite; try --dtype bfloat16 or float32")
-                screen.say(int(said[0, 0]))
+                screen.say(token)
             if sound is not None and not sound.isfinite().all():
                 fail("the checkpoint's codec makes samples that are not finite; get it again")
             if heard is not None:  # else there is no frame of the user to stand beside
