@@ -6,6 +6,7 @@ ValueError, or the system's own OSError. Nothing of the model is here; nobody wh
 """
 
 import contextlib
+import html
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import signal
 import struct
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
@@ -138,20 +139,43 @@ def copy_instead(file: BinaryIO, temporary: Path, path: Path) -> Path:
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # what weights may be, and the bytes of a number
 
 
+def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Floats [..., D_out, D_in] as the released int8 files hold them: (int8, float32 [..., D_out]).
+
+    A row holds whole numbers from -127 to 127. The second tensor, named `_scb`, says what 127 stands for.
+    """
+    half = weight.half()  # as those files were made
+    largest = half.abs().amax(dim=-1).float()
+    factor = 127 / largest.clamp(min=1e-9)  # of a row of zeros, any
+    return (half * factor[..., None]).round_().to(torch.int8), largest
+
+
 class WeightFile:
-    """A SafeTensors file whose tensors are taken out one by one. On the CPU they are mapped, not read."""
+    """A SafeTensors file whose tensors are taken out one by one. On the CPU they are mapped, not read.
+
+    `dtype` torch.int8 means bfloat16 that its reader will turn `to_int8`. Then, and where the file has int8
+    already (`int8` is True in both cases), each tensor is mapped by itself and copied: of the file no more
+    than one is in memory, and the copies lie as torch's int8 kernel wants them.
+    """
 
     def __init__(self, path: str | Path, device, dtype: torch.dtype | None):
         open_regular(path).close()  # safe_open calls all that it can't open missing
+        self.path, self.device = path, str(device)
         try:
-            self.file = safetensors.safe_open(path, framework="pt", device=str(device))
+            self.file = self.map()
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path}: not a whole SafeTensors file ({error}); no other is read") from None
-        self.path, self.dtype = path, dtype
         self.unused = set(self.file.keys())
+        self.scaled = {name.removesuffix("_scb") for name in self.unused if name.endswith("_scb")}
+        self.int8 = dtype == torch.int8 or bool(self.scaled)
+        self.dtype = torch.bfloat16 if dtype == torch.int8 else dtype
+
+    def map(self):
+        """The file, whose pages come into memory as they are read."""
+        return safetensors.safe_open(self.path, framework="pt", device=self.device)
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """The tensor of this name, in the dtype asked for (None: its own).
+        """The tensor of this name, in the dtype asked for (None: its own); int8 and its scales as they are.
 
         ValueError unless it is there, has this shape, and holds finite floats, in that dtype too.
         """
@@ -159,16 +183,99 @@ class WeightFile:
             raise ValueError(f"{self.path}: the tensor {name} is missing")
         stored = self.file.get_slice(name)
         found, kind = stored.get_shape(), stored.get_dtype()
-        if found != list(shape) or kind not in FLOATS:
+        kinds = [*FLOATS]
+        if name in self.scaled or name.endswith("_scb"):
+            kinds = ["I8" if name in self.scaled else "F32"]
+        if found != list(shape) or kind not in kinds:
             raise ValueError(
                 f"{self.path}: {name} has the shape {found} and the dtype {kind}, "
-                f"expected {list(shape)} and one of {', '.join(FLOATS)}; int8 is not read"
+                f"expected {list(shape)} and {' or '.join(kinds)}"
             )
         self.unused.remove(name)
-        tensor = self.file.get_tensor(name).to(dtype=self.dtype)
+        tensor = (self.map() if self.int8 else self.file).get_tensor(name)
+        tensor = tensor.to(dtype=self.dtype if len(kinds) > 1 else None)
         if not torch.stack(tensor.aminmax()).isfinite().all():  # of all numbers it would be a copy
             raise ValueError(f"{self.path}: {name} holds numbers that are not finite in {tensor.dtype}")
-        return tensor
+        return tensor.clone() if self.int8 else tensor
+
+
+# ------------------------------------------------------------------------------------------- tokens and words
+
+
+def read_tokens(path: str | Path, cards: list[int], own: int, least: int) -> Tensor:
+    """The aligned tokens [streams, frames] that `--tokens` has saved, as far as the first `own` streams go.
+
+    Problem unless they are whole numbers from -1 (unknown) to below the `cards` of the streams, and so many.
+    """
+    with open_regular(path, 2**30) as file:
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                codes = arrays["codes"]
+        except Exception as error:  # numpy, zipfile and zlib each have their own, and there are OSErrors, too
+            raise Problem(f"{path}: not a file that --tokens has saved ({error})") from None
+    if codes.dtype.kind != "i" or codes.ndim != 2 or len(codes) != len(cards):
+        raise Problem(
+            f"{path}: tokens of the shape {list(codes.shape)} and the dtype {codes.dtype}, "
+            f"but this checkpoint has {len(cards)} streams"
+        )
+    for stream, (row, card) in enumerate(zip(codes, cards)):
+        if not ((row >= -1) & (row < card)).all():
+            raise Problem(f"{path}: stream {stream} has tokens that are not from -1 to {card - 1}")
+    whole = np.flatnonzero((codes[:own] >= 0).all(axis=0))  # the last frames may be incomplete
+    codes = codes[:, : whole[-1] + 1 if len(whole) else 0]
+    if codes.shape[1] < least:
+        raise Problem(f"{path}: {codes.shape[1]} frames are too few, at least {least} are needed")
+    return torch.from_numpy(codes.astype(np.int64))
+
+
+def write_tokens(path: str | Path, kept: list, frames: int, delays, frame_rate: float) -> None:
+    """Saves the tokens of all streams for so many frames, -1 where there are none, as `read_tokens` wants."""
+    codes = np.full((len(kept), frames), -1)
+    for row, stream in zip(codes, kept):
+        row[: len(stream)] = stream[:frames]
+    with whole_file(path) as file:
+        np.savez(file, codes=codes, delays=delays, frame_rate=frame_rate)
+
+
+def write_words(path: str | Path, pieces: Iterable[bytes | None], seconds: float, late: float) -> None:
+    """Writes the words of a text stream with their times, as the end of the name says.
+
+    `pieces`: of each frame, which lasts `seconds`, a piece of a word in UTF-8, none (b""), or None between
+    words, which come `late`. .srt and .vtt are subtitles, a word each; .txt has lines of begin, end, word.
+    """
+    kind = Path(path).suffix.lower()
+    text = "WEBVTT\n\n" if kind == ".vtt" else ""
+    for number, (start, end, word) in enumerate(find_words(pieces), 1):
+        start, end = (max(0.0, frame * seconds - late) for frame in (start, end))
+        times = f"{clock(start)} --> {clock(end)}"
+        if kind == ".srt":
+            text += f"{number}\n{times.replace('.', ',')}\n{word}\n\n"
+        elif kind == ".vtt":
+            text += f"{times}\n{html.escape(word, quote=False)}\n\n"
+        else:
+            text += f"{start:.2f}\t{end:.2f}\t{word}\n"
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def find_words(pieces: Iterable[bytes | None]) -> Iterator[tuple[int, int, str]]:
+    """The words that the pieces of `write_words` spell, with the frames where each begins and ends.
+
+    It ends at the next None, or where that was left out, at a piece that begins with a space.
+    """
+    word, start = b"", 0
+    for frame, piece in enumerate([*pieces, None]):
+        if word and (piece is None or piece.startswith(b" ")):
+            yield start, frame, plain(word.decode(errors="replace").strip())
+            word = b""
+        start = start if word else frame
+        word += piece or b""
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 00:00:00.000."""
+    minutes, rest = divmod(round(1000 * seconds), 60_000)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{rest // 1000:02}.{rest % 1000:03}"
 
 
 # ------------------------------------------------------------------------------------------------------ sound

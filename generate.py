@@ -1,6 +1,7 @@
 """Talks with Moshi: what the user says goes in, what Moshi says comes out, 80 ms at a time.
 
     python generate.py question.wav -o answer.wav     # a recording in, an answer out, its words printed
+    python generate.py meeting.wav --checkpoint stt-1b-en_fr -o words.srt     # a recogniser writes it down
     arecord -t raw -f S16_LE -r 24000 -c 1 | python generate.py - -o - | aplay -t raw -f S16_LE -r 24000 -c 1
 
 Without arguments it answers the question in `tiny/` with the checkpoint there. The function to read is
@@ -32,9 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from files import Problem, plain, read_wav, resample, run_program, show, signals, wav_header, whole_file
+from files import (Problem, plain, read_tokens, read_wav, resample, run_program, show, signals, wav_header,
+                   whole_file, write_tokens, write_words)
 from mimi_min import Mimi, init_state
-from moshi_min import MIMI_FILE, MOSHI_FILE, NO_INPUT, TOKENIZER_FILE, MoshiGen, captured, load_checkpoint
+from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, MoshiGen, captured, load_checkpoint
 
 @torch.no_grad()
 def converse(mimi: Mimi, gen: MoshiGen, frames: Iterable[Tensor], change: Callable = lambda codes: codes,
@@ -42,14 +44,16 @@ def converse(mimi: Mimi, gen: MoshiGen, frames: Iterable[Tensor], change: Callab
     """The duplex loop: listens and speaks, a frame at a time.
     For each of the `frames`, the user's sound [B, 1, frame_size], it yields the user's codes
     [B, n_q - dep_q, 1], Moshi's tokens [B, 1 + dep_q, 1] (text first) and Moshi's sound [B, 1, frame_size],
-    the last two None while the delays fill. `change(codes)` is heard in place of the user's codes. `texts`:
-    text tokens [B] that Moshi has to say, one for each frame, -2 where it is free."""
+    the last two None while the delays fill, and always the sound of a recogniser. `change(codes)` is heard in
+    place of the user's codes. `texts`: text tokens [B] that Moshi has to say, one for each frame, -2 where it
+    is free. After `gen.prefill` the conversation goes on from there."""
     state, texts = init_state(mimi, len(gen.strip)), iter(texts)
     encode = captured(lambda sound: mimi.encode(sound, state), gen.device, gen.cuda_graph)
     decode = captured(lambda codes: mimi.decode(codes, state), gen.device, gen.cuda_graph)
-    for number, frame in enumerate(frames):
+    decode = decode if gen.config.dep_q else (lambda codes: None)
+    for frame in frames:
         heard = change(encode(frame.to(gen.device))[:, : gen.config.n_q - gen.config.dep_q])
-        if number == 0:
+        if gen.steps == 0:
             # The first step reads the initial tokens, whatever it is given. So the first frame goes in twice,
             # as in the official run_inference, or its 80 ms would be lost. If no stream is delayed, Moshi's
             # first frame is whole by then, before it has heard anything.
@@ -61,31 +65,31 @@ def converse(mimi: Mimi, gen: MoshiGen, frames: Iterable[Tensor], change: Callab
 
 # ------------------------------------------------------------------------------------------------ the program
 TINY = Path(__file__).resolve().parent / "tiny"
+TURN = 2  # the head of a recogniser that says that its speaker has paused for two seconds
+WORDS = (".txt", ".srt", ".vtt")  # what a recogniser's words are written to
 
 def fail(message: str) -> NoReturn:
     """Raises a Problem, also in the place of argparse's own error, which would exit."""
     raise Problem(message)
 
 def run(args: argparse.Namespace) -> None:
-    """Loads, talks, saves."""
+    """Loads; goes on with a text, or talks or writes down what it hears; saves."""
     torch.backends.cudnn.allow_tf32 = False  # see load_mimi
-    recording = None if args.question == "-" else read_wav(Path(args.question))
+    recording = None if args.question == "-" or args.text is not None else read_wav(Path(args.question))
     moshi, mimi, tokenizer, config = open_checkpoint(args)
-    settle(args, config)
-    size, rate = mimi.frame_size, mimi.sample_rate
-    lead, extra = (math.ceil(seconds * rate / size) for seconds in (args.lead_seconds, args.extra_seconds))
-    silence, frames, total = torch.zeros(size), pipe_frames(size), None
-    if recording:
-        sound = resample(*recording, rate)
-        frames = F.pad(sound, (0, -len(sound) % size)).split(size)
-        total = lead + len(frames) + extra
-    frames = itertools.chain(itertools.repeat(silence, lead), frames, itertools.repeat(silence, extra))
+    settle(args, moshi.config, config)
     torch.manual_seed(args.seed)
     gen = MoshiGen(moshi, 1, args.temp, args.temp_text, args.top_k, args.top_k_text, args.greedy)
-    raw, kept = args.output == "-", [array.array("i") for _ in moshi.config.delays if args.tokens]
-    screen = Screen(tokenizer, moshi.config, sys.stderr if raw else sys.stdout, size / rate, total)
-    with contextlib.nullcontext(sys.stdout.buffer) if raw else whole_file(args.output) as file:
-        writer = SoundWriter(file, args.stereo, rate, raw)
+    if args.text is not None:
+        write_on(gen, tokenizer, args.text)
+        return
+    frames, total = user_frames(args, recording, mimi.frame_size, mimi.sample_rate)
+    raw, voice = args.output == "-", moshi.config.dep_q > 0
+    screen = Screen(tokenizer, moshi.config, sys.stderr if raw else sys.stdout, 1 / mimi.frame_rate, total)
+    kept = [array.array("i") for _ in moshi.config.delays if args.tokens or not voice]
+    past = go_on(gen, args.history, kept) if args.history else 0
+    with whole_file(args.output) if voice and not raw else contextlib.nullcontext(sys.stdout.buffer) as file:
+        writer = SoundWriter(file, args.stereo, mimi.sample_rate, raw or not voice)
         try:
             talk(mimi, gen, frames, screen, writer, kept)
         finally:
@@ -93,20 +97,53 @@ def run(args: argparse.Namespace) -> None:
         if not screen.frames:
             raise KeyboardInterrupt
         writer.finish()
-    milliseconds, place = 1000 * screen.busy / screen.frames, "standard output" if raw else args.output
-    show(f"{screen.frames} frames, {milliseconds:.1f} ms per frame, {screen}: {plain(place)}\n", sys.stderr)
+    if args.output and not voice:
+        write_words(args.output, map(screen.spell, kept[0][past:]), screen.frame_seconds, args.late)
+    ms, place = 1000 * screen.busy / screen.frames, "standard output" if raw else args.output or "not saved"
+    show(f"{screen.frames} frames, {ms:.1f} ms per frame, {screen}: {plain(place)}\n", sys.stderr)
     if args.tokens:
-        codes = np.full((len(kept), screen.frames), NO_INPUT)
-        for row, stream in zip(codes, kept):
-            row[: len(stream)] = stream[: screen.frames]
-        with whole_file(args.tokens) as table:
-            np.savez(table, codes=codes, delays=moshi.config.delays, frame_rate=mimi.frame_rate)
+        write_tokens(args.tokens, kept, past + screen.frames, moshi.config.delays, mimi.frame_rate)
     if signals[0]:
         raise KeyboardInterrupt
 
+def user_frames(args: argparse.Namespace, recording, size: int, rate: int):
+    """What the user says and the silence around it, in frames [size], and how many those are. Without a
+    recording it comes from the pipe, and nobody knows (None)."""
+    lead, extra = (math.ceil(seconds * rate / size) for seconds in (args.lead_seconds, args.extra_seconds))
+    silence = torch.zeros(size)
+    if not recording:
+        return itertools.chain([silence] * lead, pipe_frames(size), [silence] * extra), None
+    sound = F.pad(resample(*recording, rate), (int(args.lead_seconds * rate), 0))  # as officially
+    frames = [*F.pad(sound, (0, -len(sound) % size)).split(size), *[silence] * extra]
+    return frames, len(frames)
+
+def go_on(gen: MoshiGen, path: str, kept: list[array.array]) -> int:
+    """Starts from the tokens of another conversation, and keeps them. Returns how many frames it had."""
+    codes, own = read_tokens(path, gen.initial[:, 0].tolist(), gen.own, 1 + gen.max_delay), gen.own
+    said, past = gen.prefill(codes[None].to(gen.device)), codes.shape[1]
+    # A step gives the frame after the one that came from prefill, which without delays is a new one.
+    whole = torch.cat([codes[:own], said[0].cpu()], dim=1)[:, : past + 1 - gen.max_delay]
+    for stream, row in zip(kept, [*whole, *codes[own:]]):
+        stream.extend(row.tolist())
+    return past
+
+def write_on(gen: MoshiGen, tokenizer, text: str) -> None:
+    """A text model goes on with a text, until it ends it or its window is full."""
+    screen = Screen(tokenizer, gen.config, sys.stdout)
+    show(text, sys.stdout)
+    tokens = tokenizer.encode(text) if tokenizer else []
+    if not tokens:
+        fail("--text says nothing, or the checkpoint has no tokenizer; give it one")
+    codes = torch.tensor([[tokens]], device=gen.device)  # [1, 1, tokens]
+    said, silence = gen.prefill(codes), codes[:, :0, :1]
+    while gen.steps <= gen.config.context and said.item() != tokenizer.eos_id():
+        screen.say(said.item())
+        said = gen.step(silence)
+    screen.end()
+
 def talk(mimi: Mimi, gen: MoshiGen, frames, screen, writer, kept: list[array.array]) -> None:
     """Tells and writes what `converse` yields, while `frames` [frame_size] come or until a signal does. Then
-    `signals` holds it, or 0, and no other does anything. `kept`: lists for the streams' codes, or none."""
+    `signals` holds it, or 0, and no other does anything. `kept`: lists for the streams' codes."""
     try:
         for heard, said, sound in converse(mimi, gen, screen.watch(frames)):
             for streams, codes in ((kept[: gen.own], said), (kept[gen.own :], heard)):
@@ -114,10 +151,8 @@ def talk(mimi: Mimi, gen: MoshiGen, frames, screen, writer, kept: list[array.arr
                     for stream, code in zip(streams, codes[0, :, 0].tolist()):
                         stream.append(code)
             if said is not None:
-                token = int(said[0, 0])
-                if token < 0:
-                    fail("the model makes numbers that are not finite; try --dtype bfloat16 or float32")
-                screen.say(token)
+                paused = gen.pauses.shape[1] > TURN and bool(gen.pauses[0, TURN] > 0.5)
+                screen.say(int(said[0, 0]), paused)
             if sound is not None and not sound.isfinite().all():
                 fail("the checkpoint's codec makes samples that are not finite; get it again")
             if heard is not None:  # else there is no frame of the user to stand beside
@@ -137,7 +172,7 @@ def open_checkpoint(args: argparse.Namespace):
         fail(f"{error.filename}: {error.strerror}. It takes {files}; get the released ones with: hf download "
              "kyutai/moshiko-pytorch-bf16 --local-dir moshiko, then say --checkpoint moshiko")
     except ValueError as error:
-        fail(f"{error}; get the checkpoint again, or name another one")
+        fail(f"{error}; get it again or, if it has another format: python tools/convert.py FOLDER OUT")
 
 # ------------------------------------------------------------------------------------------- the command line
 def number(kind: type, low: int, high: float = 10**9) -> Callable[[str], float]:
@@ -165,10 +200,10 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("question", nargs="?", default=str(TINY / "question.wav"), help="WAV; '-': raw 16-bit mono 24 kHz")
-    add("-o", "--output", default="answer.wav", help="WAV (default: %(default)s); '-': raw as above")
+    add("-o", "--output", help="WAV (default: answer.wav); '-': raw as above; words: .txt, .srt, .vtt")
     add("--checkpoint", type=Path, default=TINY, help="a folder in the official format (default: tiny/)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of Moshi")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16", "int8"), default="auto", help="Moshi's")
     add("--seed", type=number(int, 0), default=4242, help="the same one repeats a run (default: %(default)s)")
     add("--greedy", action="store_true", help="take the likeliest token everywhere")
     for name, what, reader, _, _, default in SETTINGS:
@@ -176,6 +211,8 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
         add(option, type=reader, help=f"{what} (default: the checkpoint's or {default})")
     add("--stereo", action="store_true", help="the user left, Moshi right")
     add("--tokens", metavar="RUN.npz", help="also save the aligned tokens of all streams")
+    add("--history", metavar="RUN.npz", help="go on from saved tokens")
+    add("--text", help="a text model goes on with this text")
     parser.error = fail  # type: ignore[method-assign]
     args = parser.parse_args(argv)
     check_files(args)
@@ -214,8 +251,16 @@ def identity(file: str | Path | int) -> object:
     except OSError:
         return None if isinstance(file, int) else os.path.realpath(file)
 
-def settle(args: argparse.Namespace, config: dict) -> None:
-    """Fills in from config.json, which is checked, what the command line leaves open."""
+def settle(args: argparse.Namespace, sizes, config: dict) -> None:
+    """Fills in from config.json, which is checked, what the command line leaves open; that must fit it."""
+    voice, words = sizes.dep_q > 0, Path(args.output or "").suffix.lower() in WORDS
+    if bool(args.text) != (sizes.n_q == 0):
+        fail("a text model takes --text and a text, and no other model does; name another checkpoint")
+    if args.output and words == voice or args.stereo and not voice:
+        fail(f"a voice is written to a .wav, the words of a recogniser to one of {', '.join(WORDS)}")
+    if args.output is None and voice:
+        args.output = "answer.wav"
+        check_files(args)
     if args.question == "-" and args.lead_seconds is None:
         args.lead_seconds = 0  # live, silence first would stay as lag
     for name, _, reader, section, key, default in SETTINGS:
@@ -224,8 +269,10 @@ def settle(args: argparse.Namespace, config: dict) -> None:
         except (AttributeError, argparse.ArgumentTypeError):
             fail(f"config.json: {key} in {section} {config[section]!r} must be a number; correct it")
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            more = not voice and name == "extra_seconds"  # than the delay: a second, as officially
+            setattr(args, name, value + more)
     args.greedy |= not config.get("lm_gen_config", {}).get("use_sampling", True)
+    args.late = args.lead_seconds + config.get("stt_config", {}).get("audio_delay_seconds", 0)
 
 # ------------------------------------------------------------------------------------------------------ sound
 def pipe_frames(frame_size: int) -> Iterator[Tensor]:
@@ -270,12 +317,12 @@ class SoundWriter:
 # -------------------------------------------------------------------------------------- terminal and signals
 class Screen:
     """What one sees meanwhile: the inner monologue on `stream`, a progress line on standard error."""
-    def __init__(self, tokenizer, config, stream, frame_seconds: float, total: int | None):
+    def __init__(self, tokenizer, config, stream, frame_seconds: float = 0, total: int | None = None):
         self.tokenizer, self.stream, self.frame_seconds = tokenizer, stream, frame_seconds
         self.silent = (config.existing_text_padding_id, config.existing_text_end_padding_id)
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may come byte by byte
         self.of = f" of {total * frame_seconds:.1f}" if total else ""
-        self.frames, self.busy, self.shown = 0, 0.0, time.monotonic()
+        self.frames, self.busy, self.shown, self.paused = 0, 0.0, time.monotonic(), False
         # Where words and progress go to one place, a progress line would break into the words.
         self.apart = stream is not sys.stderr and identity(1) != identity(2)
         self.in_line = False  # words were said since the line began
@@ -288,16 +335,26 @@ class Screen:
             self.frame, self.came = frame, time.monotonic()
             yield frame[None, None]
 
-    def say(self, token: int) -> None:
-        """Prints a token: a piece of a word, a single byte (<0xE2>), or without a tokenizer its number."""
+    def spell(self, token: int) -> bytes | None:
+        """A token in UTF-8: a piece of a word, a single byte (<0xE2>), or without a tokenizer its number.
+        PAD is no byte at all, and EPAD, which stands between words, None."""
         if token in self.silent:
-            return
+            return b"" if token == self.silent[0] else None
         known = self.tokenizer is not None and token < self.tokenizer.vocab_size()
         piece = self.tokenizer.id_to_piece(token) if known else f"▁{token}"
         is_byte = known and self.tokenizer.is_byte(token)
-        text = bytes.fromhex(piece[3:5]) if is_byte else piece.replace("▁", " ").encode()
-        show(self.utf8.decode(text), self.stream)
-        self.in_line = True
+        return bytes.fromhex(piece[3:5]) if is_byte else piece.replace("▁", " ").encode()
+
+    def say(self, token: int, paused: bool = False) -> None:
+        """Prints a token. Once the speaker has paused, the turn is over, and its line."""
+        if token < 0:
+            fail("the model makes numbers that are not finite; try --dtype bfloat16 or float32")
+        if paused and not self.paused:
+            self.end()
+        if text := self.spell(token):
+            show(self.utf8.decode(text), self.stream)
+            self.in_line = True
+        self.paused = paused
 
     def end(self) -> None:
         """Wipes the progress, and ends the line of words, after a last character that is not whole."""
@@ -305,6 +362,7 @@ class Screen:
             show("\x1b[K", sys.stderr)
         if self.in_line:
             show(self.utf8.decode(b"", True) + "\n", self.stream)
+        self.in_line = False
 
     def frame_done(self) -> None:
         """Counts a frame and its time. A terminal shows each, a file one every five seconds."""

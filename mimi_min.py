@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from files import WeightFile, whole_file
+from files import WeightFile, to_int8, whole_file
 
 @dataclasses.dataclass
 class MimiConfig:
@@ -274,9 +274,9 @@ class Transformer(nn.Module):
 
     def new_memory(self, batch_size: int) -> dict:
         """The rings, and the position of the next input: a tensor, since a replayed graph runs no Python."""
-        attention = self.layers[0].attention
+        attention, norm = self.layers[0].attention, next(self.layers[0].norm1.parameters())
         slots = 2, batch_size, attention.num_kv_heads, self.ring_size, attention.head_dim
-        rings = attention.in_proj.weight.new_zeros(len(self.layers), *slots)
+        rings = norm.new_zeros(len(self.layers), *slots)  # weights that multiply may be int8
         return {"rings": rings, "position": rings.new_zeros(1, dtype=torch.long)}
 
     def place(self, x: Tensor, state: dict | None) -> Placement:
@@ -531,26 +531,30 @@ def official_names(model: nn.Module, rules: list[tuple[str, str]]) -> dict[str, 
 
 def newer_name(name: str) -> str:
     """The name in newer files, where an attention has a tensor for each codebook; Helium's is number 0."""
-    return re.sub(r"\.(in|out)_proj[_.]weight$", r".\1_projs.{k}.weight", name)
+    return re.sub(r"\.(in|out)_proj[_.]weight(_scb)?$", r".\1_projs.{k}.weight\2", name)
 
 def take_ours(file: WeightFile, name: str, shape: torch.Size) -> Tensor:
     """A tensor of ours by its released name: there, or in pieces, or under a newer name."""
-    newer = newer_name(name)
+    newer, rows = newer_name(name), shape if name.endswith("_scb") else shape[:-1]
     if name in file.unused and name != newer:  # an attention in a released file, all codebooks stacked
-        return file.take(name, math.prod(shape[:-1]), shape[-1]).view(shape)
-    if "{k}" not in newer or len(shape) < 3:
+        return file.take(name, math.prod(rows), *shape[len(rows) :]).view(shape)
+    if "{k}" not in newer or len(rows) < 2:
         return file.take(newer.format(k=0), *shape)
     pieces = [file.take(newer.format(k=k), *shape[1:]) for k in range(shape[0])]
     return torch.stack(pieces) if pieces else torch.empty(shape, dtype=file.dtype)
 
-def load_weights(model: nn.Module, path: str | Path, rules: list, device, dtype: torch.dtype | None) -> None:
+def load_weights(model: nn.Module, file: WeightFile, rules: list) -> None:
     """Fills `model`, built on the meta device, from a SafeTensors file; ValueError if that isn't its file.
-    On the CPU tensors are mapped from the file, not read, where they have the dtype (None: any)."""
-    file, empty = WeightFile(path, device, dtype), model.state_dict()
-    weights = {ours: take_ours(file, name, empty[ours].shape)
-               for ours, name in official_names(model, rules).items()}
+    Where the model has int8 and the file floats, they are turned to int8, one tensor after another."""
+    weights, empty = {}, model.state_dict()
+    for ours, name in official_names(model, rules).items():
+        if ours in weights:  # scales, which were made with their weights
+            continue
+        weights[ours] = tensor = take_ours(file, name, empty[ours].shape)
+        if empty[ours].dtype == torch.int8 != tensor.dtype:
+            weights[ours], weights[f"{ours}_scb"] = to_int8(tensor)
     if file.unused:
-        raise ValueError(f"{path}: the tensor {min(file.unused)} is not known, does the config fit the file?")
+        raise ValueError(f"{file.path}: the tensor {min(file.unused)} is not known; does the config fit?")
     model.load_state_dict(weights, assign=True)
 
 def save_weights(model: nn.Module, path: str | Path, rules: list) -> None:
@@ -558,7 +562,8 @@ def save_weights(model: nn.Module, path: str | Path, rules: list) -> None:
     tensors, weights = {}, model.state_dict()
     for ours, name in official_names(model, rules).items():
         name, tensor = newer_name(name), weights[ours]
-        pieces = enumerate(tensor) if "{k}" in name and tensor.dim() == 3 else [(0, tensor)]
+        stacked = "{k}" in name and tensor.dim() + name.endswith("_scb") == 3
+        pieces = enumerate(tensor) if stacked else [(0, tensor)]
         tensors.update({name.format(k=k): piece.contiguous() for k, piece in pieces})
     with whole_file(path) as file:
         save_file(tensors, file.name)  # replaces the file by one that only its owner may read
@@ -585,7 +590,7 @@ def load_mimi(path: str | Path, config: MimiConfig | None = None, num_codebooks=
     """Mimi from an official SafeTensors file, in float32; `config` None is the released one.
     On CUDA set torch.backends.cudnn.allow_tf32 = False: TF32 is the default there and can change codes."""
     mimi = build(Mimi, config or MimiConfig(), path)
-    load_weights(mimi, path, MIMI_NAMES, device, torch.float32)
+    load_weights(mimi, WeightFile(path, device, torch.float32), MIMI_NAMES)
     mimi.num_codebooks = num_codebooks
     return mimi.eval()
 

@@ -13,7 +13,6 @@ section 3.4); the reference implementation is `moshi.models.lm`. Helium's attent
 """
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 from pathlib import Path, PureWindowsPath
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
-from files import open_regular, read_json
+from files import WeightFile, open_regular, read_json, to_int8
 from mimi_min import (TRANSFORMER_NAMES, Attention, Mimi, MimiConfig, Transformer, TransformerLayer, build,
                       check_official, check_sizes, init_state, load_mimi, load_weights, reset_state,
                       save_mimi, save_weights)
@@ -54,9 +53,12 @@ class MoshiConfig:
     depformer_num_heads: int = 16
     depformer_kv_repeat: int = 1
     depformer_dim_feedforward: int = 4224
+    extra_heads_num_heads: int = 0  # of a recogniser: each says whether the speaker has paused for so long
+    extra_heads_dim: int = 6  # classes of such a head; number 0 is "yes"
 
     def __post_init__(self):
-        check_sizes(self, ("existing_text_padding_id", "existing_text_end_padding_id", "delays"))
+        check_sizes(self, ("n_q", "dep_q", "delays", "existing_text_padding_id",
+                           "existing_text_end_padding_id", "extra_heads_num_heads"))
         self.delays = tuple(self.delays)
         check_moshi_fits(self)
 
@@ -98,11 +100,17 @@ def random_weight(*shape: int, variance: float = 1.0) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=(variance / shape[-1]) ** 0.5))
 
 # ---------------------------------------------------------------------------------------------- depth decoder
-def codebook_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """A linear map of its own for each codebook: x [K, N, D_in], weight [K, D_out, D_in] -> [K, N, D_out]."""
-    if len(weight) == 1:  # a step of the sampler: a plain product is faster than a batch of one
-        return F.linear(x[0], weight[0])[None]
-    return x @ weight.transpose(1, 2)
+class CodebookLinear(nn.Module):
+    """A linear map of its own for each codebook: x [K, N, D_in] of these codebooks -> [K, N, D_out]."""
+    def __init__(self, codebooks: int, dim_in: int, dim_out: int, variance: float = 1 / 3):
+        super().__init__()
+        self.weight = random_weight(codebooks, dim_out, dim_in, variance=variance)
+
+    def forward(self, x: Tensor, codebooks: slice) -> Tensor:
+        weight = self.weight[codebooks]
+        if len(weight) == 1:  # a step of the sampler: a plain product is faster than a batch of one
+            return F.linear(x[0], weight[0])[None]
+        return x @ weight.transpose(1, 2)
 
 class DepthLayer(nn.Module):
     """A transformer layer across codebooks. Their own weights tell them apart: no positional embedding."""
@@ -114,14 +122,13 @@ class DepthLayer(nn.Module):
         hidden = gated_width(dim, config.depformer_dim_feedforward)
         self.norm1, self.norm2, self.swiglu = RMSNorm(dim), RMSNorm(dim), SwiGLU()
         qkv = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        weight = functools.partial(random_weight, K, variance=1 / 3)
-        self.in_proj, self.out_proj = weight(qkv, dim), weight(dim, dim)
-        self.linear_in, self.linear_out = weight(2 * hidden, dim), weight(dim, hidden)
+        self.in_proj, self.out_proj = CodebookLinear(K, dim, qkv), CodebookLinear(K, dim, dim)
+        self.linear_in, self.linear_out = CodebookLinear(K, dim, 2 * hidden), CodebookLinear(K, hidden, dim)
 
     def forward(self, x: Tensor, codebooks: slice, past: list[Tensor] | None) -> Tensor:
         """x [K', N, D] of these codebooks -> the same. `past` collects keys and values; None: all at once."""
         H, KV = self.num_heads, self.num_kv_heads
-        heads = codebook_linear(self.norm1(x), self.in_proj[codebooks]).unflatten(-1, (-1, self.head_dim))
+        heads = self.in_proj(self.norm1(x), codebooks).unflatten(-1, (-1, self.head_dim))
         heads = heads.permute(1, 2, 0, 3)  # [N, H + 2 KV, K', head_dim]: queries, keys, values
         keys_values = heads[:, H:]
         if past is not None:
@@ -129,9 +136,9 @@ class DepthLayer(nn.Module):
             keys_values = torch.cat(past, dim=2)  # [N, 2 KV, codebooks so far, head_dim]
         q, k, v = heads[:, :H], keys_values[:, :KV], keys_values[:, KV:]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=past is None, enable_gqa=KV != H)
-        x = x + codebook_linear(y.permute(2, 0, 1, 3).flatten(2), self.out_proj[codebooks])
-        hidden = self.swiglu(codebook_linear(self.norm2(x), self.linear_in[codebooks]))
-        return x + codebook_linear(hidden, self.linear_out[codebooks])
+        x = x + self.out_proj(y.permute(2, 0, 1, 3).flatten(2), codebooks)
+        hidden = self.swiglu(self.linear_in(self.norm2(x), codebooks))
+        return x + self.linear_out(hidden, codebooks)
 
 class DepthDecoder(nn.Module):
     """Predicts the audio tokens of one step, codebook after codebook (the official Depformer).
@@ -139,11 +146,11 @@ class DepthDecoder(nn.Module):
     def __init__(self, config: MoshiConfig):
         super().__init__()
         dim, K = config.depformer_dim, config.dep_q
-        self.input_proj = random_weight(K, dim, config.dim, variance=1 / 3)
+        self.input_proj = CodebookLinear(K, config.dim, dim)
         self.text_emb = random_weight(config.text_card + 1, dim)
         self.audio_emb = random_weight(K - 1, config.card + 1, dim)
         self.layers = nn.ModuleList(DepthLayer(config) for _ in range(config.depformer_num_layers))
-        self.output_proj = random_weight(K, config.card, dim)
+        self.output_proj = CodebookLinear(K, dim, config.card, variance=1.0)
 
     def forward(self, hidden: Tensor, tokens: Tensor, first: int = 0, past: list | None = None) -> Tensor:
         """K' codebooks from `first` on: hidden [N, D], the token before each [K', N] -> logits [K', N, card].
@@ -151,10 +158,10 @@ class DepthDecoder(nn.Module):
         codebooks = slice(first, first + len(tokens))
         tables = [self.text_emb, *self.audio_emb][codebooks]
         previous = torch.stack([embed(table, row) for table, row in zip(tables, tokens)])
-        x = codebook_linear(hidden.expand(len(tokens), -1, -1), self.input_proj[codebooks]) + previous
+        x = self.input_proj(hidden.expand(len(tokens), -1, -1), codebooks) + previous
         for layer, cache in zip(self.layers, past or [None] * len(self.layers)):
             x = layer(x, codebooks, cache)
-        return codebook_linear(x, self.output_proj[codebooks])
+        return self.output_proj(x, codebooks)
 
 def delay(codes: Tensor, delays: list[int] | tuple[int, ...], initial: Tensor) -> Tensor:
     """Shifts stream k of codes [B, K, F] right by delays[k]. The gap gets initial[k], the end falls off."""
@@ -180,7 +187,9 @@ class MoshiOutput(NamedTuple):
     audio_mask: Tensor  # [B, dep_q, F]
 
 class Moshi(nn.Module):
-    """The 17-stream language model. `forward` and `loss` train it, `MoshiGen` talks with it."""
+    """The 17-stream language model. `forward` and `loss` train it, `MoshiGen` talks with it.
+    A recogniser (dep_q 0) has the user's streams and its own text, a text model (n_q 0) text alone: Helium is
+    the same in all of them, and without a voice of its own there is no depth decoder."""
     def __init__(self, config: MoshiConfig):
         super().__init__()
         self.config = config
@@ -198,7 +207,9 @@ class Moshi(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 module.weight = random_weight(*module.weight.shape)
-        self.depth_decoder = DepthDecoder(config)
+        self.depth_decoder = DepthDecoder(config) if config.dep_q else None
+        heads = range(config.extra_heads_num_heads)
+        self.extra_heads = nn.ModuleList(nn.Linear(dim, config.extra_heads_dim, bias=False) for _ in heads)
 
     @property
     def initial(self) -> Tensor:
@@ -216,6 +227,8 @@ class Moshi(nn.Module):
     def depth(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """The depth decoder, teacher-forced: hidden [B, S, D], tokens [B, dep_q or more, S] of the same steps
         (text, audio 0..dep_q-2, what follows isn't read) -> logits [B, dep_q, S, card]."""
+        if self.depth_decoder is None:
+            raise ValueError("a model without a voice has no depth decoder; `temporal` gives its text")
         before = tokens[:, : self.config.dep_q].transpose(0, 1).flatten(1)  # [dep_q, B * S]
         logits = self.depth_decoder(hidden.flatten(0, 1), before)
         return logits.unflatten(1, hidden.shape[:2]).transpose(0, 1)
@@ -248,6 +261,44 @@ class Moshi(nn.Module):
         parts = {"text": weighted_mean(output.text_logits, output.text_mask, text, text_weights),
                  "audio": weighted_mean(output.audio_logits, output.audio_mask, audio, audio_weights)}
         return parts["text"] + parts["audio"], parts
+
+# ------------------------------------------------------------------------------------------------------- int8
+class Int8Linear(nn.Module):
+    """A linear map, or one for each codebook, in half the memory of bfloat16: weights are whole numbers from
+    -127 to 127, and each row of them has a scale (LLM.int8, Dettmers et al. 2022; the official QLinear).
+    bitsandbytes, which the official package uses, rounds the inputs as well; here they stay as they are."""
+    packed_up_to = 16  # rows of x: for more it is faster to turn the weights into floats first
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        whole, largest = to_int8(weight)
+        self.register_buffer("weight", whole)
+        self.register_buffer("weight_scb", largest)  # [D_out], what 127 stands for; [K, D_out] for codebooks
+
+    def forward(self, x: Tensor, codebooks: slice = slice(None)) -> Tensor:
+        """x [..., D_in] -> [..., D_out], or as CodebookLinear does."""
+        if self.weight.dim() == 2:
+            return self.product(x.flatten(0, -2), self.weight, self.weight_scb).unflatten(0, x.shape[:-1])
+        rows = zip(x, self.weight[codebooks], self.weight_scb[codebooks])
+        return torch.stack([self.product(*row) for row in rows])
+
+    def product(self, x: Tensor, weight: Tensor, largest: Tensor) -> Tensor:
+        """x [N, D_in] @ weight^T, times the scales: [N, D_out]. torch has a kernel for it that reads int8
+        alone. It is slow in float32, and where its conditions don't hold it returns garbage or crashes."""
+        scale = (largest / 127).to(x.dtype)
+        fits = x.is_cpu and x.dtype == torch.bfloat16 and len(x) <= self.packed_up_to
+        if fits and x.shape[1] % 16 == 0 and weight.data_ptr() % 16 == 0:
+            return torch._weight_int8pack_mm(x.contiguous(), weight, scale)
+        return F.linear(x, weight.to(x.dtype)) * scale
+
+def quantize(module: nn.Module) -> nn.Module:
+    """Turns every linear map inside, in place, to int8, and returns the module. Embeddings and norms stay as
+    they are, and activations have their dtype: bfloat16 on a CPU, where int8 is to be fast."""
+    for name, part in module.named_children():
+        if isinstance(part, (nn.Linear, CodebookLinear)):
+            setattr(module, name, Int8Linear(part.weight.detach()))
+        else:
+            quantize(part)
+    return module
 
 # ------------------------------------------------------------------------------------------------- generation
 def sample(logits: Tensor, temp: float, top_k: int) -> Tensor:
@@ -314,6 +365,7 @@ class MoshiGen:
         self.state = init_state(moshi, batch_size)
         self.offset = torch.zeros(1, dtype=torch.long, device=self.device)  # steps so far
         self.strip = self.initial.new_empty(batch_size, len(self.delays), 2 * self.max_delay + 3)
+        self.pauses = torch.zeros(batch_size, self.config.extra_heads_num_heads, device=self.device)
         self.cuda_graph = cuda_graph
         self._run = captured(self._step, self.device, cuda_graph)
         self.reset()
@@ -332,7 +384,8 @@ class MoshiGen:
         Step s hears the user's frame s - 1 (step 0 nothing) and completes Moshi's frame s - max(delays).
         `text` [B] and `audio` [B, dep_q] force the tokens that are made now, in delayed time; -2 samples one.
         Random numbers are drawn all the same. ValueError for codes of another shape. Where the logits are
-        not finite, the text that comes back is -2."""
+        not finite, the text that comes back is -2. A recogniser's `extra_heads` leave in `pauses` [B, heads]
+        how probable it is that the speaker has paused for so long."""
         expected = [len(self.strip), self.config.n_q - self.config.dep_q, 1]
         if list(user_codes.shape) != expected:
             raise ValueError(f"a step takes user codes {expected}, not {list(user_codes.shape)}")
@@ -350,11 +403,13 @@ class MoshiGen:
         # Before its delay is over a stream has only its initial token.
         tokens = torch.where(self.offset <= self.delays, self.initial, strip[:, :, now, None])
         hidden, text_logits = self.moshi.temporal(tokens, self.state)
+        for number, head in enumerate(self.moshi.extra_heads):
+            self.pauses[:, number] = head(hidden[:, 0]).softmax(dim=-1)[:, 0]
         # A token is forced by the caller, or by a prefill that reaches beyond this step.
         forced = torch.where(forced == UNGENERATED, strip[:, :own, now + 1], forced)
         made: list[Tensor] = []
         total = text_logits[:, 0].sum(-1, dtype=torch.float32)  # of all logits: finite if each of them is
-        past: list[list[Tensor]] = [[] for _ in self.moshi.depth_decoder.layers]
+        past: list[list[Tensor]] = [[] for _ in range(self.config.depformer_num_layers)]
         for k in range(own):  # the text, then the codebooks, each seeing the one before
             if k == 0:
                 token = sample(text_logits[:, 0], self.temp_text, self.top_k_text)
@@ -396,7 +451,7 @@ TOKENIZER_FILE, MIMI_CONFIG_FILE = "tokenizer_spm_32k_3.model", "mimi_config.jso
 class Checkpoint(NamedTuple):
     """A whole checkpoint folder."""
     moshi: Moshi
-    mimi: Mimi
+    mimi: Mimi | None  # None where there is no sound, in a text model
     tokenizer: SentencePieceProcessor | None  # None where the folder has none
     config: dict  # what config.json says, `lm_gen_config` (sampling) and `stt_config` (silences) among it
 
@@ -410,11 +465,15 @@ def load_checkpoint(folder: str | Path, device="cpu", dtype: torch.dtype | None 
         moshi_config = read_json(folder / "config.json", MoshiConfig.from_dict)
     if config.get("mimi_config_name"):
         mimi_config = read_json(folder / config["mimi_config_name"], MimiConfig.from_dict)
-    if moshi_config.card != mimi_config.bins:
-        raise ValueError(f"config: card {moshi_config.card}, but Mimi has {mimi_config.bins} tokens")
+    adapters = [folder / str(name) for name in (config.get("lora_name"), "lora.safetensors")]
+    if config.get("lora") and any(path.is_file() for path in adapters):
+        raise ValueError(f"{folder} holds LoRA adapters; tools/convert.py adds them to their base")
     dtype = dtype or (torch.float32 if moshi_config.dim <= 1024 else torch.bfloat16)
-    codebooks = max(moshi_config.dep_q, moshi_config.n_q - moshi_config.dep_q)
-    mimi = load_mimi(folder / config.get("mimi_name", MIMI_FILE), mimi_config, codebooks, device)
+    mimi, codebooks = None, max(moshi_config.dep_q, moshi_config.n_q - moshi_config.dep_q)
+    if codebooks:
+        if moshi_config.card != mimi_config.bins:
+            raise ValueError(f"config: card {moshi_config.card}, but Mimi has {mimi_config.bins} tokens")
+        mimi = load_mimi(folder / config.get("mimi_name", MIMI_FILE), mimi_config, codebooks, device)
     moshi = load_moshi(folder / config.get("moshi_name", MOSHI_FILE), moshi_config, device, dtype)
     tokenizer, path = None, folder / config.get("tokenizer_name", TOKENIZER_FILE)
     if "tokenizer_name" in config or path.exists():
@@ -433,21 +492,26 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> None:
     `lm_gen_config` and what else `config.json` may say from `checkpoint.config`."""
     folder, (moshi, mimi, tokenizer, config) = Path(folder), checkpoint
     folder.mkdir(parents=True, exist_ok=True)
+    int8 = any(isinstance(part, Int8Linear) for part in moshi.modules())
+    config = {**config, **moshi.config.to_dict(), "moshi_name": MOSHI_FILE, "quantize": int8, "lora": False}
+    for name in ("tokenizer_name", "lora_name"):  # the tokenizer has the usual one, if it is there
+        config.pop(name, None)
     save_moshi(moshi, folder / MOSHI_FILE)
-    save_mimi(mimi, folder / MIMI_FILE)
-    names = {"moshi_name": MOSHI_FILE, "mimi_name": MIMI_FILE, "mimi_config_name": MIMI_CONFIG_FILE}
-    config = {**config, **moshi.config.to_dict(), **names}
-    config.pop("tokenizer_name", None)  # it has the usual one, if it is there
+    if mimi is not None:
+        save_mimi(mimi, folder / MIMI_FILE)
+        (folder / MIMI_CONFIG_FILE).write_text(json.dumps(mimi.config.to_dict(), indent=1) + "\n")
+        config |= {"mimi_name": MIMI_FILE, "mimi_config_name": MIMI_CONFIG_FILE}
     if tokenizer is not None:
         (folder / TOKENIZER_FILE).write_bytes(tokenizer.serialized_model_proto())
-    for name, content in (("config.json", config), (MIMI_CONFIG_FILE, mimi.config.to_dict())):
-        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 def load_moshi(path: str | Path, config: MoshiConfig | None = None, device="cpu",
                dtype: torch.dtype | None = torch.bfloat16) -> Moshi:
-    """Moshi from an official SafeTensors file; `config` None is the released 7B, `dtype` None the file's."""
+    """Moshi from an official SafeTensors file; `config` None is the released 7B, `dtype` None the file's.
+    A file of int8 opens as such. torch.int8 quantizes one of floats, and what stays floats is bfloat16."""
     moshi = build(Moshi, config or MoshiConfig(), path)
-    load_weights(moshi, path, MOSHI_NAMES, device, dtype)
+    file = WeightFile(path, device, dtype)
+    load_weights(quantize(moshi) if file.int8 else moshi, file, MOSHI_NAMES)
     return moshi.eval()
 
 def save_moshi(moshi: Moshi, path: str | Path) -> None:
@@ -456,13 +520,13 @@ def save_moshi(moshi: Moshi, path: str | Path) -> None:
 
 MOSHI_NAMES = [  # as MIMI_NAMES; a codebook {k} has a tensor of its own in the file
     (r"^audio_embs", "emb"),  # emb.3.weight
-    (r"^depth_decoder\.input_proj", "depformer_in.{k}.weight"),
+    (r"^depth_decoder\.input_proj", "depformer_in.{k}"),
     (r"^depth_decoder\.text_emb", "depformer_text_emb.weight"),
     (r"^depth_decoder\.audio_emb", "depformer_emb.{k}.weight"),
-    (r"^depth_decoder\.output_proj", "linears.{k}.weight"),
+    (r"^depth_decoder\.output_proj", "linears.{k}"),
     (r"^depth_decoder", "depformer"),  # depformer.layers.0.norm1.alpha
-    (r"^(depformer.*)\.(in|out)_proj$", r"\1.attention.\2_proj.weight"),  # of all codebooks, stacked
-    (r"^(depformer.*)\.(linear_in|linear_out)$", r"\1.gating.{k}.\2.weight"),
+    (r"^(depformer.*)\.(in|out)_proj", r"\1.attention.\2_proj"),  # of all codebooks, stacked
+    (r"^(depformer.*)\.linear_", r"\1.gating.{k}.linear_"),
     *TRANSFORMER_NAMES,
     (r"\.feed_forward\.0", ".gating.linear_in"),  # transformer.layers.0.gating.linear_in.weight
     (r"\.feed_forward\.2", ".gating.linear_out")]
@@ -470,19 +534,19 @@ MOSHI_NAMES = [  # as MIMI_NAMES; a codebook {k} has a tensor of its own in the 
 MOSHI_DEFAULTS = {  # what config.json means where it leaves a key out (some of it is refused then)
     "dim": 128, "num_heads": 8, "kv_repeat": 1, "hidden_scale": 4, "max_period": 10000, "n_q": 8, "dep_q": 8,
     "card": 1024, "text_card": 32000, "delays": [0], "existing_text_padding_id": 3,
-    "existing_text_end_padding_id": 0, "depformer_dim": 256, "depformer_dim_feedforward": 0,
+    "existing_text_end_padding_id": 0, "depformer_dim": 256, "depformer_dim_feedforward": None,
     "norm": "layer_norm", "gating": "none", "positional_embedding": "sin", "depformer_pos_emb": "sin",
-    "depformer_multi_linear": False, "depformer_weights_per_step": False, "layer_scale": None}
+    "depformer_multi_linear": False, "depformer_weights_per_step": False, "layer_scale": None,
+    "extra_heads_num_heads": 0, "extra_heads_dim": 6}
 MOSHI_FIXED = {  # what is the same in every Moshi, and cannot be anything else here
     "causal": True, "norm": "rms_norm_f32", "gating": "silu", "layer_scale": None, "norm_emb": False,
     "positional_embedding": "rope", "depformer_gating": "silu", "depformer_norm": None, "bias_proj": False,
     "depformer_layer_scale": None, "depformer_pos_emb": "none", "depformer_multi_linear": True,
     "depformer_weights_per_step": True, "depformer_weights_per_step_schedule": None, "text_card_out": None,
     "depformer_low_rank_embeddings": None, "cross_attention": False, "demux_second_text_stream": False,
-    "demux_second_stream": False, "extra_heads_num_heads": 0, "conditioners": {}, "lora": False,
-    "quantize": False, "model_type": "moshi"}
+    "demux_second_stream": False, "conditioners": {}}
 MOSHI_IGNORED = (  # keys without an effect here
-    "extra_heads_dim", "fuser", "lora_name", "lora_rank", "lora_scaling", "gradient_checkpointing",
+    "fuser", "quantize", "lora", "lora_name", "lora_rank", "lora_scaling", "gradient_checkpointing",
     "depformer_causal", "depformer_context", "depformer_max_period", "moshi_name", "mimi_name", "model_id",
     "mimi_config_name", "tokenizer_name", "lm_gen_config", "stt_config", "tts_config")
 
@@ -491,18 +555,19 @@ def read_moshi(official: dict) -> MoshiConfig:
     given = {**MOSHI_DEFAULTS, **official}
     for key in ("num_layers", "kv_repeat", "gating", "layer_scale"):
         given.setdefault(f"depformer_{key}", given.get(key))
-    if given["depformer_dim_feedforward"] == 0:
+    if given["depformer_dim_feedforward"] in (0, None):
         with contextlib.suppress(TypeError, ValueError, OverflowError):  # one is no number: said below
             given["depformer_dim_feedforward"] = int(given["hidden_scale"] * given["depformer_dim"])
     sizes = {field.name: given.get(field.name) for field in dataclasses.fields(MoshiConfig)}
     config, ignored = MoshiConfig(**sizes), {key: given.get(key) for key in MOSHI_IGNORED}
-    check_official(given, {**MOSHI_FIXED, **ignored, **sizes}, "config")
+    check_official(given, {**MOSHI_FIXED, **ignored, **config.to_dict()}, "config")
     return config
 
 def write_moshi(config: MoshiConfig) -> dict:
     """The official JSON of a config: its sizes, and what a missing key would say otherwise."""
     said = {key: MOSHI_FIXED[key] for key in MOSHI_DEFAULTS if key in MOSHI_FIXED}
-    return {**dataclasses.asdict(config), "delays": list(config.delays), "model_type": "moshi", **said}
+    kind = "stt" if config.n_q > config.dep_q == 0 else "moshi"  # speech to text
+    return {**dataclasses.asdict(config), "delays": list(config.delays), "model_type": kind, **said}
 
 def check_moshi_fits(config: MoshiConfig) -> None:
     """ValueError where sizes of a Moshi contradict each other."""
@@ -521,6 +586,8 @@ def check_settings(config: dict) -> dict:
     """ValueError unless the names of files stay in the folder and `lm_gen_config` has only known keys."""
     for key in ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name"):
         name = config.get(key, "")
+        if isinstance(name, str) and name.startswith("hf://"):  # hf://owner/repository/file
+            config[key] = name = name.rpartition("/")[2]
         path = PureWindowsPath(name if isinstance(name, str) else "/")  # knows / and \, drives too
         if path.anchor or ".." in path.parts or "\0" in name:
             raise ValueError(f"config: {key} must be the name of a file in the folder, not {name!r}")

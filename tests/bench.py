@@ -12,11 +12,18 @@ machine.
 On CUDA both run as they are meant to: ours captured as graphs, the official package compiled and with graphs,
 in float32 without TF32, as `generate.py` runs. NO_TORCH_COMPILE=1 keeps the official one from compiling.
 
+`--int8` compares ours with ours: int8 beside bfloat16, at Moshi's shape and at that of the recogniser
+stt-1b-en_fr, a frame of its codec included. A model has four layers over and over, which takes less memory
+and as long: even one is more than a cache holds. Then the peak memory of a process that turns a file to int8
+while it opens it, and takes steps with a full window. The file is made of holes.
+
 `--launches` measures no time. It counts the kernels that a frame would launch on a GPU at the released sizes,
 and predicts from them, and from the bytes that are read, how long the frame takes.
 """
 
 import argparse
+import copy
+import dataclasses
 import os
 import statistics
 import subprocess
@@ -44,6 +51,7 @@ def arguments(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--full", action="store_true", help="Moshi at the 7B shape, in bfloat16")
+    parser.add_argument("--int8", action="store_true", help="ours in int8 beside ours in bfloat16")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--launches", action="store_true", help="count launches instead, on the CPU")
     parser.add_argument(
@@ -66,13 +74,13 @@ else:
     os.environ.update(NO_TORCH_COMPILE="1", NO_CUDA_GRAPH="1")
 
 import torch  # noqa: E402
-from random_checkpoint import quick_moshi  # noqa: E402
+from random_checkpoint import make_full_checkpoint, quick_moshi, random_mimi  # noqa: E402
 from recorder import Fused, Recorder  # noqa: E402
 from reference import LMGen, loaders, official_mimi, save  # noqa: E402
 
 import moshi_min  # noqa: E402
 from mimi_min import Mimi, MimiConfig, init_state, load_mimi, official_names  # noqa: E402
-from moshi_min import Moshi, MoshiConfig, MoshiGen, captured  # noqa: E402
+from moshi_min import MOSHI_FILE, Moshi, MoshiConfig, MoshiGen, captured, load_moshi, quantize  # noqa: E402
 
 torch.backends.cudnn.allow_tf32 = False  # as in generate.py
 COPIED = 1 << 30  # bytes, to measure the bandwidth of a GPU
@@ -263,6 +271,11 @@ def measure(who, what):
             with sampler.streaming(1):
                 steps = [sampler.step(user) for _ in range(5 if args.full else 20)]
         assert steps[-1] is not None
+    print_peak()
+
+
+def print_peak():
+    """The peak so far in bytes, of the allocator on CUDA, of this process on the CPU."""
     if on_gpu:
         print(torch.cuda.max_memory_allocated())
     else:  # of this program alone: ru_maxrss would count the parent's memory at the fork too
@@ -287,6 +300,83 @@ def bench_memory():
             *size,
             f"{peaks[0] / peaks[1]:.2f}",
         )
+
+
+# ---- int8 --------------------------------------------------------------------------------------------------
+
+STT_1B = MoshiConfig(  # stt-1b-en_fr
+    dim=2048,
+    num_layers=16,
+    num_heads=16,
+    context=750,
+    max_period=100000.0,
+    n_q=32,
+    dep_q=0,
+    text_card=8000,
+    delays=(0,) * 33,
+)
+REPEATED = 4  # layers of a large model that are different
+
+
+def repeating(config):
+    """A model in bfloat16 of which few layers are made, and used over and over."""
+    few = min(REPEATED, config.num_layers)
+    moshi = quick_moshi(dataclasses.replace(config, num_layers=few), torch.bfloat16, args.device)
+    moshi.transformer.layers = torch.nn.ModuleList([*moshi.transformer.layers] * (config.num_layers // few))
+    return moshi
+
+
+@torch.no_grad()
+def bench_int8():
+    """A step of Moshi, and a frame of a recogniser with its codec, in int8 and in bfloat16 by turns."""
+    print(f"| {'':<44} | {'int8':>10} | {'bfloat16':>10} | {'ratio':>5} |")
+    print(f"|{'-' * 46}|{'-' * 12}|{'-' * 12}|{'-' * 7}|")
+    moshi_shape = MoshiConfig.from_dict(loaders._lm_kwargs | ({} if args.full else SMALL))
+    for name, config in (("Moshi 7B" if args.full else "Moshi small", moshi_shape), ("STT-1B", STT_1B)):
+        plain = repeating(config)
+        samplers = [MoshiGen(model) for model in (quantize(copy.deepcopy(plain)), plain)]
+        user = torch.randint(config.card, (1, config.n_q - config.dep_q, 1), device=args.device)
+        rounds = args.rounds or (8 if config.dep_q and args.full and not on_gpu else 30)
+        for window in ("nearly empty", "full"):
+            if window == "full":
+                for memory in [sampler.state[sampler.moshi.transformer] for sampler in samplers]:
+                    memory["rings"].fill_(0.1)  # what was never written takes no memory
+                    memory["position"].fill_(config.context + 7)
+            steps = [lambda sampler=sampler, user=user: sampler.step(user) for sampler in samplers]
+            race(f"{name}, a step, window {window}", *steps, rounds)
+    mimi = random_mimi(MimiConfig()).to(args.device)
+    state, frame = init_state(mimi, 1), torch.randn(1, 1, mimi.frame_size, device=args.device) * 0.1
+    encode = captured(lambda frame: mimi.encode(frame, state), frame.device)
+    frames = [lambda sampler=sampler: sampler.step(encode(frame)) for sampler in samplers]
+    race(f"{name}, a frame with its codec, window full", *frames, rounds)
+    bench_int8_memory()
+
+
+@torch.no_grad()
+def measure_int8():
+    """In a process of its own: open a file in int8, take steps with a full window, print the peak."""
+    config = MoshiConfig.from_dict(loaders._lm_kwargs | ({} if args.full else SMALL))
+    with tempfile.TemporaryDirectory() as folder:
+        make_full_checkpoint(folder, config, holes=True)
+        moshi = load_moshi(Path(folder) / MOSHI_FILE, config, args.device, torch.int8)
+    sampler = MoshiGen(moshi)
+    memory = sampler.state[moshi.transformer]
+    memory["rings"].fill_(0.1)
+    memory["position"].fill_(config.context + 7)
+    user = torch.zeros(1, config.n_q - config.dep_q, 1, dtype=torch.long, device=args.device)
+    for _ in range(3):
+        sampler.step(user)
+    print_peak()
+
+
+def bench_int8_memory():
+    """Peak memory of a process with a model in int8."""
+    command = [sys.executable, __file__, "--measure", "int8", "--device", args.device]
+    done = subprocess.run(command + ["--full"] * args.full, capture_output=True, text=True)
+    if done.returncode:
+        print(f"memory: failed ({done.stderr.strip()[-200:]})")
+    else:
+        row("peak memory, a full window", f"{int(done.stdout.splitlines()[-1]) / 1e9:.2f} GB")
 
 
 # ---- launches ----------------------------------------------------------------------------------------------
@@ -355,10 +445,13 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.measure:
-        measure(*args.measure.split())
+        measure_int8() if args.measure == "int8" else measure(*args.measure.split())
         return
     place = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {place}\n")
+    if args.int8:
+        bench_int8()
+        return
     print(f"| {'':<44} | {'ours':>10} | {'official':>10} | {'ratio':>5} |")
     print(f"|{'-' * 46}|{'-' * 12}|{'-' * 12}|{'-' * 7}|")
     if args.launches:

@@ -108,7 +108,8 @@ def random_moshi(config: MoshiConfig) -> Moshi:
     tokens = torch.randint(min(config.card, config.text_card), (1, 1 + config.n_q, 64))
     hidden = moshi.temporal(tokens)[0].mean((0, 1))
     moshi.text_linear.weight[config.existing_text_padding_id] += 4 * hidden / hidden.pow(2).sum()
-    moshi.depth_decoder.output_proj *= 2
+    if moshi.depth_decoder is not None:
+        moshi.depth_decoder.output_proj.weight *= 2
     return moshi
 
 

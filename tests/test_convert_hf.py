@@ -324,7 +324,7 @@ def test_depth_weights(pair):
     for theirs, ours in zip(model.depth_decoder.layers, checkpoint.moshi.depth_decoder.layers, strict=True):
         attention = theirs.self_attn
         stacked = [part.linear.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        assert ours.in_proj.equal(torch.cat(stacked, dim=1))
+        assert ours.in_proj.weight.equal(torch.cat(stacked, dim=1))
 
 
 # ------------------------------------------------------------------------------------------------- generation
@@ -428,7 +428,7 @@ def test_dtype_and_tokenizer(tmp_path):
     config = convert_hf.moshi_config(model.config.to_dict(), model.config.depth_decoder_config.to_dict(), "x")
     moshi = load_moshi(out / MOSHI_FILE, config, dtype=None)
     assert moshi.text_emb.weight.equal(model.decoder.model.embed_tokens.weight)
-    assert moshi.depth_decoder.output_proj.equal(model.depth_decoder.lm_heads.weight)
+    assert moshi.depth_decoder.output_proj.weight.equal(model.depth_decoder.lm_heads.weight)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"], "something temporary was left"
 
 

@@ -551,7 +551,7 @@ def test_seeds_silences_and_rates(call, checkpoint, tmp_path, question):
     assert answer(*QUICK, "--top-k", 1, "--top-k-text", 1) == greedy
     assert len(parse(first)) == (13 + 4) * FRAME
     assert len(parse(answer())) == (13 + 63) * FRAME  # 5 s of silence last
-    assert len(parse(answer("--lead-seconds", 0.5, "--extra-seconds", 0))) == (7 + 13) * FRAME
+    assert len(parse(answer("--lead-seconds", 0.5, "--extra-seconds", 0))) == 19 * FRAME  # 6.25 + 12.5
     folder = tmp_path / "ck"
     shutil.copytree(checkpoint, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -643,7 +643,7 @@ def test_the_command_line_goes_first(checkpoint):
 
     def settled(*argv, config):
         args = generate.read_arguments([str(generate.TINY / "question.wav"), "-o", "a.wav", *argv])
-        generate.settle(args, config)
+        generate.settle(args, MOSHI, config)
         return args.temp, args.temp_text, args.top_k, args.top_k_text, args.lead_seconds, args.extra_seconds
 
     said = ["--temp", "0", "--top-k", "3", "--extra-seconds", "0"]

@@ -818,7 +818,9 @@ def test_missing_keys_have_the_official_defaults(tmp_path):
         ("depformer_weights_per_step_schedule", [0, 1, 1]),
         ("cross_attention", True),
         ("conditioners", {"description": {}}),
-        ("extra_heads_num_heads", 4),
+        ("extra_heads_num_heads", -1),
+        ("extra_heads_dim", 0),
+        ("model_type", "hibiki"),
         ("demux_second_text_stream", True),
         ("text_card_out", 7),
         ("depformer_low_rank_embeddings", 8),
@@ -827,8 +829,6 @@ def test_missing_keys_have_the_official_defaults(tmp_path):
         ("existing_text_padding_id", 400),
         ("num_layers", True),
         ("card", -1),
-        ("quantize", True),
-        ("lora", True),
     ],
 )
 def test_wrong_configs(key, value):

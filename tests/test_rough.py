@@ -743,6 +743,24 @@ def test_a_tokenizer_with_pieces_that_are_no_text(call, folder, question):
     one_line(*call(question, folder=folder)[::2], TOKENIZER_FILE)
 
 
+def test_saved_tokens_that_were_spoilt(tmp_path):
+    """numpy, zipfile and zlib each have errors of their own: all of them are the file's, and name it."""
+    path, rng = tmp_path / "run.npz", random.Random(0)
+    np.savez_compressed(path, codes=np.arange(17 * 20).reshape(17, 20), frame_rate=12.5)
+    good, refused = path.read_bytes(), 0
+    for _ in range(300):
+        data = bytearray(good)
+        place = rng.choice([rng.randrange(len(data)), rng.randrange(60), len(data) - rng.randrange(1, 200)])
+        data[place : place + rng.choice([1, 4])] = rng.randbytes(rng.choice([0, 1, 4]))
+        path.write_bytes(data)
+        try:
+            files.read_tokens(path, [2048] * 17, 9, 3)
+        except files.Problem as problem:
+            refused += 1
+            assert str(problem).startswith(str(path))
+    assert refused > 100
+
+
 @pytest.mark.parametrize("option", ["--extra-seconds", "--lead-seconds"])
 def test_endless_silence_is_refused(call, question, option):
     one_line(*call(question, option, "1e9")[::2], option, "3600")
