@@ -17,7 +17,6 @@ import signal
 import struct
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
@@ -208,11 +207,12 @@ def read_tokens(path: str | Path, cards: list[int], own: int, least: int) -> Ten
 
     Problem unless they are whole numbers from -1 (unknown) to below the `cards` of the streams, and so many.
     """
-    try:
-        with open_regular(path, 2**30) as file, np.load(file, allow_pickle=False) as arrays:
-            codes = arrays["codes"]
-    except (ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise Problem(f"{path}: not a file that --tokens has saved ({error})") from None
+    with open_regular(path, 2**30) as file:
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                codes = arrays["codes"]
+        except Exception as error:  # numpy, zipfile and zlib each have their own, and there are OSErrors, too
+            raise Problem(f"{path}: not a file that --tokens has saved ({error})") from None
     if codes.dtype.kind != "i" or codes.ndim != 2 or len(codes) != len(cards):
         raise Problem(
             f"{path}: tokens of the shape {list(codes.shape)} and the dtype {codes.dtype}, "
@@ -281,6 +281,7 @@ def clock(seconds: float) -> str:
 # ------------------------------------------------------------------------------------------------------ sound
 
 INTEGERS, FLOATING, EXTENSIBLE = 1, 3, 0xFFFE  # formats of WAV files
+WIDTHS = {INTEGERS: (1, 2, 3, 4), FLOATING: (4, 8)}  # bytes of a sample, of those that are read
 UNKNOWN = 0xFFFFFFFF  # the size of what is longer than 4 GiB
 PART = 2**18  # samples that are worked on at a time
 AGAIN = "; record or copy it again"
@@ -311,11 +312,12 @@ def read_wav(path: str | Path) -> tuple[Tensor, int]:
             raise Problem(f"{path} holds no sound{AGAIN}")
         file.seek(place)
         sound, peak = np.empty(whole // form.block, np.float32), np.float64(0)
-        for start in range(0, len(sound), PART):
-            part = sound[start : start + PART]
-            samples = decode_pcm(file.read(len(part) * form.block), form)
-            part[:] = samples.clip(-1, 1).mean(axis=1, dtype=np.float32)
-            peak = np.maximum(peak, np.abs(samples).max())  # not a number, if one of them is none
+        with np.errstate(all="ignore"):  # numpy would warn of what is checked below
+            for start in range(0, len(sound), PART):
+                part = sound[start : start + PART]
+                samples = decode_pcm(file.read(len(part) * form.block), form)
+                part[:] = samples.clip(-1, 1).mean(axis=1, dtype=np.float32)
+                peak = np.maximum(peak, np.abs(samples).max())  # not a number, if one of them is none
     if not np.isfinite(peak):
         raise Problem(f"{path} holds samples that are not finite{AGAIN}")
     if peak > (10 if form.kind == FLOATING else 1):
@@ -374,14 +376,7 @@ def read_format(fmt: bytes, path: str | Path) -> Format:
     if kind == EXTENSIBLE and len(fmt) >= 26:
         kind = struct.unpack_from("<H", fmt, 24)[0]  # the true format opens a longer name
     width = block // max(channels, 1)  # bytes of a sample
-    known = (kind, width) in [
-        (INTEGERS, 1),
-        (INTEGERS, 2),
-        (INTEGERS, 3),
-        (INTEGERS, 4),
-        (FLOATING, 4),
-        (FLOATING, 8),
-    ]
+    known = width in WIDTHS.get(kind, ())
     fits = width * channels == block and (width == math.ceil(bits / 8) or (width, bits) == (4, 24))
     if not known or not fits or len(fmt) < 16 or not 1000 <= rate <= 1_000_000:
         raise Problem(
@@ -458,7 +453,10 @@ def stop(number: int, _) -> None:
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:
-    """Ends the process with the exit code of `main`, around which streams and signals do what they should."""
+    """Runs `main` and ends the process with its exit code, or with 128 + the signal that ended it.
+
+    Streams may be closed, full or non-blocking. Python itself has nothing to say at the end.
+    """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # the caller has closed it
             setattr(sys, name, open(os.devnull, "r+"))

@@ -147,8 +147,9 @@ def talk(mimi: Mimi, gen: MoshiGen, frames, screen, writer, kept: list[array.arr
     try:
         for heard, said, sound in converse(mimi, gen, screen.watch(frames)):
             for streams, codes in ((kept[: gen.own], said), (kept[gen.own :], heard)):
-                for stream, code in zip(streams, [] if codes is None else codes[0, :, 0].tolist()):
-                    stream.append(code)
+                if streams and codes is not None:
+                    for stream, code in zip(streams, codes[0, :, 0].tolist()):
+                        stream.append(code)
             if said is not None:
                 paused = gen.pauses.shape[1] > TURN and bool(gen.pauses[0, TURN] > 0.5)
                 screen.say(int(said[0, 0]), paused)

@@ -403,6 +403,15 @@ def test_floats_that_are_not_normalized(tmp_path, call):
     assert code == 0 and err.startswith("warning: x.wav is louder than full scale")
 
 
+@pytest.mark.parametrize("bits", [0x7FF0000000000001, 0x7FF8000000000000, 0xFFF0000000000000])
+def test_floats_that_are_no_numbers(tmp_path, call, recwarn, bits):
+    """Signalling ones among them, of which numpy warns when it adds them up."""
+    data = SOUND.astype("<f8").tobytes() + struct.pack("<QQ", bits, bits)
+    (tmp_path / "x.wav").write_bytes(riff(b"RIFF", header(64, 16, 3, 2), data[: len(data) // 16 * 16]))
+    one_line(*call("x.wav")[::2], "not finite")
+    assert not list(recwarn)
+
+
 @pytest.mark.parametrize("samples", [np.stack([SOUND, -SOUND], 1), SOUND * 1e-4, np.zeros(5000)])
 def test_silence_is_told(tmp_path, call, samples):
     (tmp_path / "x.wav").write_bytes(wav(samples, width=3))
@@ -732,6 +741,24 @@ def test_a_tokenizer_with_pieces_that_are_no_text(call, folder, question):
     )
     path.write_bytes(spoilt)
     one_line(*call(question, folder=folder)[::2], TOKENIZER_FILE)
+
+
+def test_saved_tokens_that_were_spoilt(tmp_path):
+    """numpy, zipfile and zlib each have errors of their own: all of them are the file's, and name it."""
+    path, rng = tmp_path / "run.npz", random.Random(0)
+    np.savez_compressed(path, codes=np.arange(17 * 20).reshape(17, 20), frame_rate=12.5)
+    good, refused = path.read_bytes(), 0
+    for _ in range(300):
+        data = bytearray(good)
+        place = rng.choice([rng.randrange(len(data)), rng.randrange(60), len(data) - rng.randrange(1, 200)])
+        data[place : place + rng.choice([1, 4])] = rng.randbytes(rng.choice([0, 1, 4]))
+        path.write_bytes(data)
+        try:
+            files.read_tokens(path, [2048] * 17, 9, 3)
+        except files.Problem as problem:
+            refused += 1
+            assert str(problem).startswith(str(path))
+    assert refused > 100
 
 
 @pytest.mark.parametrize("option", ["--extra-seconds", "--lead-seconds"])
