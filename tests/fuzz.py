@@ -288,8 +288,11 @@ class Case:
         )
         for way in chosen:
             # What is spoilt already may be no JSON or no weights any more.
-            with contextlib.suppress(OSError, ValueError, KeyError, RecursionError, struct.error):
-                way()
+            with contextlib.suppress(
+                OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError
+            ):
+                with contextlib.suppress(struct.error):
+                    way()
 
     # ---- running and judging -------------------------------------------------------------------------------
 

@@ -709,7 +709,7 @@ def test_other_kinds_of_numbers(call, folder, question, kind):
 def test_logits_that_are_not_finite(call, question, monkeypatch):
     """A run that overflows says so, with what to do; the step itself looks at nothing."""
     moshi = load_checkpoint(TINY).moshi
-    for part in (moshi.text_linear.weight, moshi.depth_decoder.output_proj):
+    for part in (moshi.text_linear.weight, moshi.depth_decoder.output_proj.weight):
         gen, user = MoshiGen(moshi, 2), torch.zeros(2, 8, 1, dtype=torch.long)
         assert gen.step(user) is None and (gen.step(user) >= 0).all()
         with torch.no_grad():
