@@ -127,6 +127,18 @@ def test_loudness():
     t = np.arange(30000) / 16000
     sound = 0.1 * np.sin(2 * np.pi * 200 * t**2) * (t < 1.2) + 1e-5 * np.sin(2 * np.pi * 500 * t)
     assert prompt.loudness(torch.from_numpy(sound), 16000) == pytest.approx(-24.741528847, abs=1e-6)
+    t = np.arange(16000 * 8) / 16000  # loud, then quiet, then as good as silent
+    sound = np.sin(2 * np.pi * 700 * t) * (0.1 * (t < 0.8) + 0.018 * ((t >= 0.8) & (t < 1.8)) + 1e-6)
+    assert prompt.loudness(torch.from_numpy(sound), 16000) == pytest.approx(-24.424844102, abs=1e-6)
+
+
+def test_rows_that_add_up():
+    """In so narrow tables the first guesses are wrong for every second sum."""
+    generator = torch.Generator().manual_seed(1)
+    tables = [torch.randn(300, 96, generator=generator) for _ in range(8)]
+    rows = torch.randint(300, (8, 20), generator=generator)
+    sums = sum(table[row] for table, row in zip(tables, rows))
+    assert prompt.rows_that_add_up(sums, tables).equal(rows)
 
 
 def test_tagged():
