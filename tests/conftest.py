@@ -28,6 +28,7 @@ for name in ("SIGINT", "SIGHUP"):
         signal.signal(getattr(signal, name), lambda *_: None)
 
 REFERENCES = ("moshi", "transformers")
+MEASURED_ELSEWHERE = {}  # by other processes of this run
 NO_GPU = "no CUDA device on this machine"
 # One case for each place and precision where a test of the language model runs.
 PLACES = {
@@ -55,6 +56,25 @@ def pytest_report_header(config):
     ]
 
 
+def measured_here():
+    """What `reference.py` has measured in this process: {(test, what): value}."""
+    return sys.modules["reference"].MEASURED if "reference" in sys.modules else {}
+
+
+def pytest_sessionfinish(session):
+    """Where tests run in several processes (pytest-xdist), each of them hands on what it has measured."""
+    if hasattr(session.config, "workeroutput"):
+        rows = [[test, what, float(value)] for (test, what), value in measured_here().items()]
+        session.config.workeroutput["measured"] = rows
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """One of those processes has ended; this one will tell."""
+    for test, what, value in getattr(node, "workeroutput", {}).get("measured", []):
+        MEASURED_ELSEWHERE[test, what] = value
+
+
 def pytest_terminal_summary(terminalreporter):
     """Nobody should read a green line as proof when nothing was compared."""
     if missing_references():
@@ -63,7 +83,7 @@ def pytest_terminal_summary(terminalreporter):
             f"not installed: {', '.join(missing_references())}. The tests that compare with them "
             "were skipped; `make test` installs them."
         )
-    elif found := sorted(sys.modules["reference"].MEASURED.items() if "reference" in sys.modules else []):
+    elif found := sorted({**MEASURED_ELSEWHERE, **measured_here()}.items()):
         terminalreporter.section("largest differences from the references")
         for (test, what), value in found:
             terminalreporter.line(f"{value:8.1e} {what:<26} {test}")

@@ -857,7 +857,7 @@ BAD_ARGUMENTS = {
     "--lead-seconds inf": "--lead-seconds",
     "--seed -1": "--seed",
     "--seed x": "--seed",
-    "--dtype int8": "--dtype",
+    "--dtype int4": "--dtype",
     "--device tpu": "--device",
     "--frobnicate": "--frobnicate",
     "two more": "unrecognized",
@@ -869,7 +869,7 @@ BAD_ARGUMENTS = {
     "-o /dev/null": "written; name another",
     "--tokens -": "--tokens",
     "--tokens nowhere/r.npz": "nowhere",
-    "--tokens answer.wav": "name another",
+    "-o answer.wav --tokens answer.wav": "name another",
     "--tokens question.wav": "name another",
     "-o - --stereo": "--stereo",
 }
@@ -887,6 +887,13 @@ def test_bad_arguments(line, call, tmp_path, question, monkeypatch):
     one_line(code, err, BAD_ARGUMENTS[line])
     assert not out and (tmp_path / "answer.wav").read_bytes() == b"precious"
     assert before == (sorted(os.listdir(tmp_path)), question.read_bytes())
+
+
+def test_tokens_in_the_place_of_the_answer(call, tmp_path, question):
+    """The default of -o depends on what the checkpoint makes, a voice or words: this is seen once it is open."""
+    (tmp_path / "answer.wav").write_bytes(b"precious")
+    one_line(*call(question, "--tokens", "answer.wav")[::2], "answer.wav", "name another")
+    assert (tmp_path / "answer.wav").read_bytes() == b"precious"
 
 
 def test_missing_question_and_device(call, tmp_path, question):
@@ -965,7 +972,7 @@ BAD_CHECKPOINTS = {
     "weights are a folder": (NO_WEIGHTS, [MOSHI_FILE, "Is a directory"]),
     "weights in 8 bits": (
         tensor(MOSHI_FILE, "text_linear.weight", lambda t: t.to(torch.int8)),
-        ["text_linear.weight", "int8"],
+        ["text_linear.weight", "I8"],
     ),
     "codec says nan": (
         tensor(MIMI_FILE, "decoder.model.14.conv.conv.bias", lambda t: t * math.nan),
