@@ -890,7 +890,7 @@ def test_bad_arguments(line, call, tmp_path, question, monkeypatch):
 
 
 def test_tokens_in_the_place_of_the_answer(call, tmp_path, question):
-    """The default of -o depends on what the checkpoint makes, a voice or words: this is seen once it is open."""
+    """The default of -o depends on what the checkpoint makes, a voice or words: seen once it is open."""
     (tmp_path / "answer.wav").write_bytes(b"precious")
     one_line(*call(question, "--tokens", "answer.wav")[::2], "answer.wav", "name another")
     assert (tmp_path / "answer.wav").read_bytes() == b"precious"
