@@ -12,6 +12,7 @@ nothing new but a whole answer; within seconds. The last line counts; exit code 
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import math
@@ -164,7 +165,7 @@ class Case:
             elif self.rng.random() < 0.2 and isinstance(part.get(key), list):
                 part[key] = part[key] * self.pick(0, 2, 40) + self.pick([], [self.pick(*ODD_VALUES)])
             else:
-                part[key] = self.pick(*ODD_VALUES)
+                part[key] = copy.deepcopy(self.pick(*ODD_VALUES))  # it may be changed in turn
             self.told.append(f"{path.name}: {key[:30]!r} = {str(part.get(key))[:40]!r}")
         text = json.dumps(content)
         how = self.rng.randrange(20)
