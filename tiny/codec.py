@@ -100,7 +100,12 @@ def mel_bands(size: int, count: int) -> Tensor:
 
 
 class SpectralLoss(nn.Module):
-    """Mean distances of mel spectra and of their logarithms, at four resolutions (DAC, Kumar et al. 2023)."""
+    """Mean distances of mel spectra and of their logarithms, at four resolutions (DAC, Kumar et al. 2023).
+
+    At one of them the single bins count as well: bands are too wide to tell the harmonics of a pitch.
+    """
+
+    SINGLE = 1024
 
     def __init__(self, sizes=(256, 512, 1024, 2048), mels=(20, 40, 64, 80)):
         super().__init__()
@@ -118,9 +123,12 @@ class SpectralLoss(nn.Module):
             for sound in (x, y):
                 bins = torch.stft(sound[:, 0], size, size // 4, window=window, return_complex=True)
                 power = torch.view_as_real(bins).pow(2).sum(-1) + 1e-5
-                spectra.append(mel @ (power.sqrt() * 2 / window.sum()))
-            a, b = spectra
+                spectra.append(power.sqrt() * 2 / window.sum())
+            a, b = (mel @ bins for bins in spectra)
             total = total + ((a + FLOOR) / (b + FLOOR)).log().abs().mean() + 20 * (a - b).abs().mean()
+            if size == self.SINGLE:
+                a, b = spectra
+                total = total + ((a + FLOOR) / (b + FLOOR)).log().abs().mean()
         return total / len(self.sizes)
 
 
@@ -355,7 +363,7 @@ def draw_numbers(rng: np.random.Generator, batch: int) -> Tensor:
     return torch.from_numpy(np.where(rng.random(batch) < 0.125, -1, number)).to(DEVICE)
 
 
-def stage_codec(work: Path, steps: int = 3600, batch: int = 8, unquantized: int = 300) -> None:
+def stage_codec(work: Path, steps: int = 5000, batch: int = 8, unquantized: int = 300) -> None:
     """Trains all of Mimi: work/codec.pt, then its file there. In the first steps nothing is quantized."""
     speech, watched = Speech(work), Speech(work, ("rms",))
     torch.manual_seed(2)
@@ -398,7 +406,7 @@ def stage_codec(work: Path, steps: int = 3600, batch: int = 8, unquantized: int 
     print(f"codec: {path} is at step {steps} -> {work / MIMI_FILE}")
 
 
-def stage_voice(work: Path, steps: int = 800, batch: int = 8) -> None:
+def stage_voice(work: Path, steps: int = 1000, batch: int = 8) -> None:
     """The decoder goes on, mostly with Moshi's voice, while all that makes the codes stays: work/voice.pt."""
     speech, spectral, path = Speech(work), SpectralLoss().to(DEVICE), work / "voice.pt"
     mimi = load_mimi(needed(work / MIMI_FILE, "codec"), MIMI, 8, DEVICE)
