@@ -491,18 +491,22 @@ def test_words_heard():
     assert list(tally.rows.values()) == [[9, 15], [2 + 0 + 3, 9]]
 
 
-def test_quantizers_start_even():
-    """Whitened, each direction has the same energy, however loud one of them is, and each codebook counts."""
+def test_quantizers_start_spread():
+    """Each direction starts with the energy that it shall have, however loud one is; each codebook counts."""
     torch.manual_seed(0)
     quantizer = Mimi(codec.MIMI).quantizer.acoustic
     z = torch.randn(16, codec.MIMI.dimension, 40) * torch.linspace(0.1, 1, codec.MIMI.dimension)[:, None]
     z[:, 0] *= 300
-    codec.start_quantizer(quantizer, z, whiten=True)
-    energies = quantizer.input_proj(z).var((0, 2))
-    assert energies.min() > 0.8 and energies.max() < 1.2
+    before = codec.spread_loss(quantizer.input_proj(z).transpose(1, 2))
+    codec.start_quantizer(quantizer, z, spread=True)
+    x = quantizer.input_proj(z).transpose(1, 2)
+    assert torch.allclose(x.flatten(0, 1).var(0), codec.wanted_variances().cpu(), rtol=1e-2)
+    assert codec.spread_loss(x) < 1e-3 and codec.spread_loss(0.7 * x) > 0.2 and before > 100
+    correlated = x + x.roll(1, -1)
+    assert codec.spread_loss(correlated / correlated.std((0, 1)) * x.std((0, 1))) > 0.1
     back = quantizer.output_proj(quantizer.input_proj(z))
     assert (back[:, 0] - z[:, 0]).std() < 0.02 * z[:, 0].std()
-    x, left = quantizer.input_proj(z).transpose(1, 2), []
+    left = []
     for codebook in quantizer.codebooks:
         x = x - codebook.decode(codebook.encode(x))
         left.append(x.pow(2).mean().item())

@@ -167,20 +167,36 @@ def k_means(x: Tensor, size: int, rounds: int = 10) -> tuple[Tensor, Tensor]:
     return centroids, counts.float()
 
 
+def wanted_variances() -> Tensor:
+    """What each direction of the acoustic vectors shall have [dim]: the first 55 times as much as the last.
+
+    Left alone, one direction, the loudness, gets nearly all of the energy, and all codebooks but the first
+    code what nobody hears. Where all have the same, the first codebooks don't know where to begin.
+    """
+    return torch.exp(-torch.arange(MIMI.quantizer_dimension, device=DEVICE) / 8)
+
+
+def spread_loss(x: Tensor) -> Tensor:
+    """x [B, F, dim] -> how far its covariance is from these variances and from no correlation at all."""
+    wanted = wanted_variances()
+    x = x.flatten(0, 1) / wanted.sqrt()
+    return (x.T.cov() - torch.eye(len(wanted), device=x.device)).pow(2).mean() * len(wanted)
+
+
 @torch.no_grad()
-def start_quantizer(quantizer, z: Tensor, whiten: bool) -> None:
+def start_quantizer(quantizer, z: Tensor, spread: bool) -> None:
     """Each codebook of a ResidualQuantizer starts at the k-means of what it will quantize, z [B, D, F].
 
-    `whiten`: its projections start where all directions have the same energy. Else that of the loudness
-    would hold nearly all of it, and all codebooks but the first would code what nobody hears.
+    `spread`: its projections start at the directions in which z differs most, with the wanted variances.
     """
-    if whiten:
+    if spread:
         vectors = z.transpose(1, 2).flatten(0, 1)
         values, directions = torch.linalg.eigh((vectors - vectors.mean(0)).T.cov())
-        size = quantizer.input_proj.weight.shape[0]
-        values, directions = values[-size:].clamp(min=1e-6).sqrt(), directions[:, -size:]
-        quantizer.input_proj.weight.copy_((directions / values).T[..., None])
-        quantizer.output_proj.weight.copy_((directions * values)[..., None])
+        wanted = wanted_variances()
+        scales = (values.flip(0)[: len(wanted)].clamp(min=1e-6) / wanted).sqrt()
+        directions = directions.flip(1)[:, : len(wanted)]
+        quantizer.input_proj.weight.copy_((directions / scales).T[..., None])
+        quantizer.output_proj.weight.copy_((directions * scales)[..., None])
     residual = quantizer.input_proj(z).transpose(1, 2).flatten(0, 1)
     for codebook in quantizer.codebooks:
         centroids, counts = k_means(residual, len(codebook.embedding_sum))
@@ -346,6 +362,7 @@ def codec_step(
     rest = torch.where(number < 0, number, (number - 1).clamp(min=0))
     acoustic, more, _ = quantize(mimi.quantizer.acoustic, z, rest)
     losses = {"commitment": commitment + more, **phone_loss(heads, vectors, phones)}
+    losses["spread"] = spread_loss(mimi.quantizer.acoustic.input_proj(z).transpose(1, 2))
     with torch.autocast(DEVICE, torch.bfloat16):
         wave = mimi.from_latent(semantic + acoustic)
     wave = wave.float()
@@ -354,7 +371,7 @@ def codec_step(
     return losses
 
 
-CODEC_LOSSES = ("spectral", "wave", "commitment", "phone", "right", "new")
+CODEC_LOSSES = ("spectral", "wave", "commitment", "spread", "phone", "right", "new")
 
 
 def draw_numbers(rng: np.random.Generator, batch: int) -> Tensor:
@@ -380,13 +397,13 @@ def stage_codec(work: Path, steps: int = 5000, batch: int = 8, unquantized: int 
         if step == unquantized:
             with torch.no_grad():
                 z = mimi.to_latent(clips(speech, random_numbers(4), 128, own_share=0.3).sound.to(DEVICE))
-            start_quantizer(mimi.quantizer.semantic, z, whiten=False)
-            start_quantizer(mimi.quantizer.acoustic, z, whiten=True)
+            start_quantizer(mimi.quantizer.semantic, z, spread=False)
+            start_quantizer(mimi.quantizer.acoustic, z, spread=True)
         number = draw_numbers(rng, batch) if step >= unquantized else torch.full((batch,), -1, device=DEVICE)
         parts = codec_step(mimi, heads, spectral, clips(speech, rng, batch, own_share=0.25), number)
         total = parts["spectral"] + 0.3 * parts["wave"] + parts["phone"]
         if step >= unquantized:
-            total = total + 0.1 * parts["commitment"]
+            total = total + 0.1 * parts["commitment"] + 0.05 * parts["spread"]
         if step % 100 == 99 and "rms" in watched.makes:
             parts["new"] = watch(mimi, heads, watched, quantized=step >= unquantized)
         return total, parts
