@@ -168,12 +168,12 @@ def k_means(x: Tensor, size: int, rounds: int = 10) -> tuple[Tensor, Tensor]:
 
 
 def wanted_variances() -> Tensor:
-    """What each direction of the acoustic vectors shall have [dim]: the first 48 times as much as the last.
+    """What each direction of the acoustic vectors shall have [dim]: the first 7 times as much as the last.
 
     Left alone, one direction, the loudness, gets nearly all of the energy, and all codebooks but the first
     code what nobody hears. Where all have the same, the first codebooks don't know where to begin.
     """
-    return torch.exp(-torch.arange(MIMI.quantizer_dimension, device=DEVICE) / 8)
+    return torch.exp(-torch.arange(MIMI.quantizer_dimension, device=DEVICE) / 16)
 
 
 def spread_loss(x: Tensor) -> Tensor:
