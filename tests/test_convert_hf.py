@@ -459,6 +459,7 @@ BAD = {  # what is done to a good folder -> what the line says
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "config is no json": (lambda f: (f / "config.json").write_text("{"), "config.json"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
+    "model of no name": (lambda f: change_json(f / "config.json", model_type=[1]), "model_type [1]"),
     "other model": (lambda f: change_json(f / "config.json", model_type="llama"), "model_type 'llama'"),
     "other class": (
         lambda f: change_json(f / "config.json", architectures=["MoshiForCausalLM"]),

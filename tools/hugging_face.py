@@ -349,7 +349,7 @@ def section(given: dict, key: str) -> dict:
 def plan(folder: Path, given: dict) -> Plan:
     """What becomes of a folder as `save_pretrained` writes it; `given` is its config.json."""
     kind, classes = given.get("model_type"), given.get("architectures")
-    if kind not in CLASSES or classes not in (None, [CLASSES[kind]]):
+    if kind not in [*CLASSES] or classes not in (None, [CLASSES[kind]]):  # a list: `kind` may be any JSON
         raise ValueError(
             f"config.json: model_type {kind!r} with architectures {classes!r} cannot be converted, "
             f"only {', '.join(CLASSES.values())}"
