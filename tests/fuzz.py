@@ -38,7 +38,7 @@ from random_checkpoint import make_random_checkpoint  # noqa: E402
 import generate  # noqa: E402
 from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE  # noqa: E402
 
-SECONDS = 20  # of the processor, which a case may take: so no odd number is a long silence, up to 3,600 seconds
+SECONDS = 20  # of the processor, which a case may take; so no odd number is a silence of up to an hour
 WAIT = 600  # seconds of the clock, after which a case waits for something that never comes
 ODD_NUMBERS = [0, -1, 1, 2, 3, 7, 0.5, -0.0, 4000, 2**20, 2**31, 2**63, 10**30, 10**400, 1e300, 1e-300]
 ODD_VALUES = [
