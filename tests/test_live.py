@@ -378,7 +378,8 @@ def test_a_flood(server):
             while not numbers or server.talk.waiting.qsize():
                 numbers.append(parse(await socket.receive_bytes(timeout=20))[0]["number"])
                 waiting.append(server.talk.waiting.qsize())
-            assert max(waiting) <= live.BACKLOG and live.BACKLOG <= len(numbers) < 30
+            # That nothing waits means that the last is being computed, so one of them may not be here yet.
+            assert max(waiting) <= live.BACKLOG and live.BACKLOG - 1 <= len(numbers) < 30
             await socket.send_bytes(bytes(2 * FRAME))
             while numbers[-1] < 40:  # what was dropped has a number, too
                 numbers.append(parse(await socket.receive_bytes(timeout=20))[0]["number"])
