@@ -163,7 +163,8 @@ class Case:
             elif key.endswith("_name"):
                 part[key] = self.pick(*ODD_NAMES, *ODD_VALUES)
             elif self.rng.random() < 0.2 and isinstance(part.get(key), list):
-                part[key] = part[key] * self.pick(0, 2, 40) + self.pick([], [self.pick(*ODD_VALUES)])
+                more = self.pick([], [copy.deepcopy(self.pick(*ODD_VALUES))])
+                part[key] = part[key] * self.pick(0, 2, 40) + more
             else:
                 part[key] = copy.deepcopy(self.pick(*ODD_VALUES))  # it may be changed in turn
             self.told.append(f"{path.name}: {key[:30]!r} = {str(part.get(key))[:40]!r}")
