@@ -91,6 +91,10 @@ class Case:
     def pick(self, *those):
         return self.rng.choice(those)
 
+    def odd(self, *more):
+        """An odd value, or one of `more`; a copy, since it may be spoilt in turn."""
+        return copy.deepcopy(self.pick(*ODD_VALUES, *more))
+
     # ---- what can be spoilt ------------------------------------------------------------------------------
 
     def bytes_of(self, path: Path) -> None:
@@ -161,12 +165,12 @@ class Case:
             if self.rng.random() < 0.15:
                 part.pop(key, None)
             elif key.endswith("_name"):
-                part[key] = self.pick(*ODD_NAMES, *ODD_VALUES)
+                part[key] = self.odd(*ODD_NAMES)
             elif self.rng.random() < 0.2 and isinstance(part.get(key), list):
-                more = self.pick([], [copy.deepcopy(self.pick(*ODD_VALUES))])
+                more = self.pick([], [self.odd()])
                 part[key] = part[key] * self.pick(0, 2, 40) + more
             else:
-                part[key] = copy.deepcopy(self.pick(*ODD_VALUES))  # it may be changed in turn
+                part[key] = self.odd()
             self.told.append(f"{path.name}: {key[:30]!r} = {str(part.get(key))[:40]!r}")
         text = json.dumps(content)
         how = self.rng.randrange(20)
@@ -236,7 +240,7 @@ class Case:
     def arguments(self) -> None:
         """Odd words on the command line."""
         for _ in range(self.rng.randint(1, 3)):
-            value = str(self.pick(*ODD_VALUES, *ODD_NAMES, "float16", "bfloat16", "cuda")).replace("\0", "")
+            value = str(self.odd(*ODD_NAMES, "float16", "bfloat16", "cuda")).replace("\0", "")
             word = self.rng.choice(ODD_WORDS)
             self.argv += [word] if word in ("--stereo", "--greedy", "--frob") else [word, value]
             self.told.append(f"{word} {value[:40]!r}")
