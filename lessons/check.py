@@ -95,7 +95,10 @@ def lesson_4(my):
     z = torch.randn(1, 16, 11)
     x = quantizer.input_proj(z)[0].T
     codes = my.residual_quantize(x.detach(), [codebook.centroids for codebook in quantizer.codebooks])
-    assert torch.equal(codes, quantizer.encode(z, 4)[0]), "other codes than ResidualQuantizer's"
+    assert codes.shape == (4, 11), f"codes are [codebooks, frames], here [4, 11], not {list(codes.shape)}"
+    expected = quantizer.encode(z, 4)[0]
+    assert torch.equal(codes[0], expected[0]), "the first codebook's are not the nearest entries"
+    assert torch.equal(codes, expected), "the first codebook is right; what do the others quantize?"
 
 
 def lesson_5(my):
@@ -146,7 +149,10 @@ def lesson_9(my):
     codes, initial = torch.arange(1, 16).view(3, 5), torch.tensor([90, 91, 92])
     for delays in ([0, 0, 1], [2, 0, 1], [0, 0, 0], [4, 1, 3]):
         expected = delay(codes[None], delays, initial)[0]
-        assert torch.equal(my.delayed(codes, delays, initial), expected), f"wrong for {delays}"
+        found = my.delayed(codes, delays, initial)
+        assert torch.equal(found, expected), (
+            f"with delays {delays} and initial tokens {initial.tolist()}\n{codes}\nmust not become\n{found}"
+        )
 
 
 def lesson_10(my):
@@ -157,7 +163,9 @@ def lesson_10(my):
                 where = f"delays {delays}, {own} of them Moshi's, step {step}"
                 assert heard == step - 1, f"{where}: frame 0 goes in twice, so not frame {heard} is heard"
                 assert said == frame[0], f"{where}: frame {int(frame[0])} comes out, not {said}"
-                assert torch.equal(mine, strip), f"{where}: the strip is\n{strip}\nnot\n{mine}"
+                assert mine.shape == strip.shape, f"{where}: the strip is {list(strip.shape)} large"
+                wrong = [stream for stream, row in enumerate(strip) if not torch.equal(mine[stream], row)]
+                assert not wrong, f"{where}: the rows {wrong} are wrong in\n{mine}"
 
 
 def lesson_11(my):

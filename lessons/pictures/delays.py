@@ -10,7 +10,8 @@ from moshi_min import delay
 
 
 def draw(path: Path = HERE / "delays.svg") -> None:
-    """Six frames, 17 streams: the frame's number in each cell, S where the initial token starts a stream."""
+    """Six frames, 17 streams: the frame's number in each cell, S where the initial token starts a stream,
+    x where what is predicted belongs to no frame."""
     config, start = tiny().moshi.config, -9
     codes = torch.arange(6).expand(1, 17, 6)
     inputs = delay(codes, [1 + shift for shift in config.delays], torch.full((17,), start))[0]
@@ -20,7 +21,7 @@ def draw(path: Path = HERE / "delays.svg") -> None:
     names[5], names[13] = "acoustic", "acoustic"
     figure, axes = plt.subplots(1, 3, figsize=(11, 4.6), sharey=True)
     titles = ("codes, aligned", "what each step reads", "what each step predicts")
-    for panel, grid, title in zip(axes, (codes[0], inputs, targets), titles):
+    for panel, grid, title, outside in zip(axes, (codes[0], inputs, targets), titles, "SSx"):
         for row in range(17 if panel is not axes[2] else 9):
             for column, frame in enumerate(grid[row].tolist()):
                 begin = frame == start
@@ -30,7 +31,7 @@ def draw(path: Path = HERE / "delays.svg") -> None:
                 panel.text(
                     column + 0.47,
                     row,
-                    "S" if begin else frame,
+                    outside if begin else frame,
                     ha="center",
                     va="center",
                     fontsize=8,
