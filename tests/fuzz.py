@@ -76,6 +76,8 @@ ODD_WORDS = [
     "--frob",
     "-",
 ]
+# What a way to spoil may meet where another was before.
+UNREADABLE = OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error
 
 
 class Case:
@@ -294,11 +296,8 @@ class Case:
         )
         for way in chosen:
             # What is spoilt already may be no JSON or no weights any more.
-            with contextlib.suppress(
-                OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError
-            ):
-                with contextlib.suppress(struct.error):
-                    way()
+            with contextlib.suppress(*UNREADABLE):
+                way()
 
     # ---- running and judging -------------------------------------------------------------------------------
 
