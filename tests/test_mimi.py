@@ -102,7 +102,7 @@ def test_every_convolution(pair, device, name):
     """Each with its kernel, stride, padding and bias: whole, and in uneven chunks.
 
     The official one in float64 gives the exact result. Ours in float64 has it to the last bits; in float32
-    its own rounding alone is between them. Two in float32 add up to 3,072 products, each in an order of its own.
+    its own rounding alone is between them. Two in float32 add up to 3,072 products in two orders.
     """
     for label, ours, theirs in convs(*pair(name, device)):
         transposed = isinstance(ours, mimi_min.CausalConvTranspose1d)
