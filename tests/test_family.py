@@ -5,6 +5,7 @@ Small random models again, against the official package and, for int8, bitsandby
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -731,8 +732,8 @@ print(peak() - before, sum(tensor.nbytes for tensor in moshi.state_dict().values
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read as Linux gives it")
-@pytest.mark.parametrize("kind", ["floats", "int8"])
-def test_int8_takes_little_memory_to_load(tmp_path, kind):
+@pytest.mark.parametrize("kind, copies", [("floats", 12), ("int8", 2)])
+def test_int8_takes_little_memory_to_load(tmp_path, kind, copies):
     """Quantized while it loads, or read from an int8 file: at most the model and a few copies of its largest
     tensor are in memory at a time, of a file of twice its size."""
     config = lm_config(
@@ -755,14 +756,15 @@ def test_int8_takes_little_memory_to_load(tmp_path, kind):
         save_file(state, tmp_path / name)
     command = [sys.executable, "-c", PEAK, tmp_path / "small", tmp_path / "large"]
     command += [json.dumps(LM["small"]), json.dumps(config), "int8" if kind == "floats" else "bfloat16"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    give_back = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}  # else glibc keeps 50 to 300 MB of holes
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=give_back)
     assert done.returncode == 0, done.stderr
     peak, size = map(int, done.stdout.split())
     largest = 2 * int(4.125 * 1024) * 2 // 3 * 1024  # numbers of the feed-forward's first matrix
     print(
         f"{peak / 1e6:.0f} MB for {size / 1e6:.0f} MB of int8, its largest matrix {largest / 1e6:.0f} million"
     )
-    assert size > 1.5e8 and peak < size + 20 * largest  # with the whole file it is twice that
+    assert size > 1.5e8 and peak < size + copies * largest  # with the whole file it is twice that
 
 
 # ---- histories ---------------------------------------------------------------------------------------------
