@@ -1,17 +1,24 @@
 """The trained checkpoint in tiny/: it says what it should, stops when told, the official package agrees."""
 
 import os
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from reference import LMGen, close, loaders, same_codes
 from test_generate import parse
 
+from evaluate import PEOPLE
+from generate import read_wav, resample
 from lessons.lab import FRAME, PAD, RATE, decibels, recording, talk, tiny, words
 from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE
+from speech import NUMBERS
+from voices import Flite
 
 TINY = ROOT / "tiny"
 ANSWERS = {  # recording -> what Moshi says to it
@@ -57,7 +64,9 @@ def test_program(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ANSWERS["question.wav"].split()
-    assert parse((tmp_path / "answer.wav").read_bytes()).std() > 300
+    sound, shipped = (parse((folder / "answer.wav").read_bytes()) for folder in (tmp_path, TINY))
+    assert sound.std() > 300 and sound.shape == shipped.shape
+    assert abs(sound - shipped).max() < 33, "tiny/answer.wav is another answer"  # of 32,768: rounding
 
 
 @torch.no_grad()
@@ -102,10 +111,48 @@ def test_stops_when_told():
     assert len(said.split()) > len(ANSWERS["count.wav"].split()) + 1
 
 
-def test_says_nothing_to_silence():
-    """24 s of silence, far past both windows: PAD and silence."""
-    _, tokens, sound = answer(torch.zeros(1, 1, 300 * FRAME))
-    assert (tokens[0] == PAD).all() and decibels(sound).max() < -45
+def test_says_nothing_to_what_is_no_speech():
+    """24 s of silence, noise and hum at -40 dBFS, far past both windows: PAD and silence."""
+    torch.manual_seed(0)
+    times = torch.arange(300 * FRAME) / RATE
+    hum = sum(torch.sin(2 * torch.pi * 50 * k * times) / k for k in range(1, 6))
+    for name, sound in (
+        ("silence", torch.zeros(300 * FRAME)),
+        ("noise", 0.01 * torch.randn(300 * FRAME)),
+        ("hum", 0.01 * hum / hum.std()),
+    ):
+        _, tokens, voice = answer(sound[None, None])
+        assert (tokens[0] == PAD).all() and decibels(voice).max() < -45, name
+
+
+@pytest.mark.skipif(not shutil.which("flite"), reason="flite is not installed")
+@pytest.mark.parametrize("voice", ["slt", "awb"])
+def test_hears_strangers(voice):
+    """Voices of another make, which training never met: at least five questions of six."""
+    flite, right = Flite(), 0
+    for question, expected in {
+        "what is two plus three": "two plus three is five",
+        "how much is nine minus four": "nine minus four is five",
+        "hello": "hello how can i help you",
+        "who are you": "i am a tiny moshi",
+        "seven": "seven",
+        "tell me six plus six": "six plus six is twelve",
+    }.items():
+        x = torch.from_numpy(flite.say(question, voice, 1.0, 150).sound / np.float32(32768))
+        right += answer(F.pad(x, (12000, 48000 + -(len(x) + 12000) % FRAME))[None, None])[0] == expected
+    assert right >= 5
+
+
+@pytest.mark.skipif(not PEOPLE.exists(), reason=f"no recordings of people in {PEOPLE}")
+def test_hears_people():
+    """Of each digit three recordings by people: at least two thirds are said back."""
+    right = []
+    for path in sorted(PEOPLE.glob("?_?_07.wav")):
+        sound, rate = read_wav(path)
+        x = resample(sound, rate, RATE)
+        said, _, _ = answer(F.pad(x, (12000, 48000 + -(len(x) + 12000) % FRAME))[None, None])
+        right.append(said == NUMBERS[int(path.name[0])])
+    assert len(right) == 30 and sum(right) >= 20
 
 
 def test_small_enough():

@@ -5,33 +5,37 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 import torch
+import torch.nn.functional as F
 
 from codec import MIMI, finished_codec
-from generate import converse, resample
-from language import ANSWER_AFTER, COUNT_EVERY, EPAD, LEAD, PAD, TAIL
+from generate import converse, read_wav, resample
+from language import ANSWER_AFTER, COUNT_EVERY, EPAD, LEAD, PAD
+from lessons.lab import distance
 from loop import DEVICE, FOLDER, needed, pick, progress, random_numbers
 from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, MoshiGen, load_checkpoint
 from speech import (
     FRAME,
-    HELD_OUT_PITCHES,
-    HELD_OUT_SPEEDS,
     MOSHI_PITCH,
     MOSHI_SPEED,
     MOSHI_VOICE,
     NUMBERS,
-    RATE,
     SMALL_TALK,
-    VOICES,
-    Espeak,
     Turn,
     all_answers,
     all_turns,
 )
+from voices import HELD_OUT_PITCHES, HELD_OUT_SPEEDS, PHONES, RATE, Espeak, Festival, Flite
+
+PEOPLE = (
+    FOLDER.parent.parent / "shared" / "human-digits"
+)  # recordings of people; they are not in the repository
+TAIL = 30  # frames of silence after a sentence that only the codec hears
 
 # ------------------------------------------------------------------------------------------ the conversations
 
@@ -48,22 +52,27 @@ class Asked:
     stop: int | None = None  # where the word 'stop' ended that broke off the counting
 
 
-def examination(espeak: Espeak, rng: np.random.Generator, turns: int = 3) -> tuple[np.ndarray, list[Asked]]:
-    """What a user says in a conversation that training never drew: sound [T], and what was asked when."""
+def examination(
+    say: Callable[[str], np.ndarray], moshi: dict[str, int], rng: np.random.Generator, turns: int = 3
+) -> tuple[np.ndarray, list[Asked]]:
+    """What a user says in a conversation that training never drew: sound [T], and what was asked when.
+
+    `say` speaks a text, [T] in -1..1; `moshi` knows how long each answer takes, in samples.
+    """
     held_out = {
-        kind: [turn for turn in those if turn.held_out or kind in ("talk", "stop")]
+        kind: [turn for turn in those if turn.held_out or kind in ("talk", "digit", "stop")]
         for kind, those in all_turns().items()
     }
-    voice, sound, asked = pick(rng, VOICES), np.zeros(90 * RATE, np.float32), []
+    sound, asked = np.zeros(40 * turns * RATE, np.float32), []
     at = int(rng.uniform(0.3, 2) * RATE)
 
     def ask(text: str, at: int) -> int:
-        x, _, _ = espeak.say(text, voice, int(rng.choice(HELD_OUT_SPEEDS)), int(rng.choice(HELD_OUT_PITCHES)))
-        sound[at : at + len(x)] = x / 32768
+        x = say(text)
+        sound[at : at + len(x)] = x
         return at + len(x)
 
     for _ in range(turns):
-        kind = str(rng.choice(list(held_out), p=[0.3, 0.25, 0.25, 0.16, 0.04]))
+        kind = str(rng.choice(list(EXAM_KINDS), p=list(EXAM_KINDS.values())))
         turn = pick(rng, held_out[kind])
         end = ask(turn.question, at)
         asked.append(Asked(kind, turn, at, end))
@@ -73,10 +82,52 @@ def examination(espeak: Espeak, rng: np.random.Generator, turns: int = 3) -> tup
             finish = ask("stop", finish + int(rng.uniform(1, min(8, most)) * RATE))
             asked[-1].stop = finish
         elif turn.answer:
-            finish += len(espeak.say(turn.answer, MOSHI_VOICE, MOSHI_SPEED, MOSHI_PITCH)[0])
+            finish += moshi[turn.answer]
         at = finish + int(rng.uniform(0.9, 2.5) * RATE)
         asked[-1].until = at
     return sound[: at + 2 * RATE], asked
+
+
+EXAM_KINDS = {"sum": 0.27, "difference": 0.23, "count": 0.22, "talk": 0.14, "digit": 0.1, "stop": 0.04}
+VOICES = (
+    "en-US en-US+m3 en-US+f1 en-US+f4 en en+m7 en+f5 en-GB-x-rp en-GB-scotland en-GB-scotland+f3 en-029 "
+    "en-US-nyc+m1"
+).split()  # of espeak-ng; a conversation has one of them
+
+
+def espeak_says(espeak: Espeak, rng: np.random.Generator) -> Callable[[str], np.ndarray]:
+    """One of its voices, at speeds and pitches that training never drew."""
+    voice = f"gmw/{pick(rng, VOICES)}"
+
+    def say(text: str) -> np.ndarray:
+        speed, pitch = int(rng.choice(HELD_OUT_SPEEDS)), int(rng.choice(HELD_OUT_PITCHES))
+        return espeak.say(text, voice, speed, pitch).sound / np.float32(32768)
+
+    return say
+
+
+def strangers(rng: np.random.Generator) -> dict[str, Callable[[str], np.ndarray]]:
+    """The voices of other makes that nothing was trained on or chosen by, as far as they are installed."""
+    found: dict[str, Callable[[str], np.ndarray]] = {}
+
+    def speaker(make, *voice) -> Callable[[str], np.ndarray]:
+        return lambda text: (
+            make.say(text, *voice[:1], rng.uniform(0.9, 1.2), *voice[1:]).sound / np.float32(32768)
+        )
+
+    for name, make, *voice in STRANGERS:
+        try:
+            found[name] = speaker(make(), *voice)
+        except SystemExit as missing:
+            print(f"eval: {name} is left out: {missing}", file=sys.stderr)
+    return found
+
+
+STRANGERS = (  # name, make, its voice, mean pitch [Hz] as that voice has it
+    ("flite slt", Flite, "slt", 180),
+    ("flite awb", Flite, "awb", 130),
+    ("festival slt", Festival, "cmu_us_slt_arctic_hts", 180),
+)
 
 
 @torch.no_grad()
@@ -102,22 +153,25 @@ class Recogniser:
     """pocketsphinx with a grammar of what Moshi can say: a listener that nobody here has trained."""
 
     GRAMMAR = """#JSGF V1.0;
-        grammar answers;
+        grammar words;
         <ones> = one | two | three | four | five | six | seven | eight | nine;
         <small> = zero | <ones> | ten;
         <number> = <small> | eleven | twelve | thirteen | fourteen | fifteen | sixteen | seventeen | eighteen
                  | nineteen | twenty | (twenty <ones>) | thirty;
-        public <answer> = (<small> (plus | minus) <small> is <number>) | <number>+ | """
+        """
+    ANSWERS = "(<small> (plus | minus) <small> is <number>) | <number>+ | "
+    DIGITS = "zero | <ones>"
 
-    def __init__(self, work: Path):
+    def __init__(self, work: Path, digits: bool = False):
         try:
             from pocketsphinx import Decoder
         except ImportError:
             raise SystemExit("pocketsphinx is missing; install it: pip install pocketsphinx") from None
 
-        grammar = work / "answers.jsgf"
+        grammar = work / f"{'digits' if digits else 'answers'}.jsgf"
         talk = [answer.replace("moshi", "mow she") for answer in SMALL_TALK]  # a word that it does not know
-        grammar.write_text(self.GRAMMAR + " | ".join(f"({answer})" for answer in talk) + ";\n")
+        answers = self.ANSWERS + " | ".join(f"({answer})" for answer in talk)
+        grammar.write_text(f"{self.GRAMMAR}public <heard> = {self.DIGITS if digits else answers};\n")
         self.decoder = Decoder(jsgf=str(grammar), samprate=16000, loglevel="FATAL")
 
     def hear(self, x: np.ndarray) -> list[str]:
@@ -136,6 +190,11 @@ class Recogniser:
         for block in matcher.get_matching_blocks():
             found[block.a : block.a + block.size] = True
         return found
+
+
+def moshi_says(espeak: Espeak, text: str) -> np.ndarray:
+    """The text in the voice that Moshi learnt from: sound [T] in -1..1."""
+    return espeak.say(text, MOSHI_VOICE, MOSHI_SPEED, MOSHI_PITCH).sound / np.float32(32768)
 
 
 def decibels(x: np.ndarray, block: int) -> np.ndarray:
@@ -168,28 +227,37 @@ class Tally:
     """The table: what was counted, in rows that stand in the order in which they were first counted."""
 
     def __init__(self):
-        self.rows: dict[tuple[str, str], list[int]] = {}
+        self.rows: dict[tuple[str, str], list[int] | str] = {}
 
     def add(self, row: str, goal: str, hits: int, of: int = 1) -> None:
         """Counts `hits` of `of` cases more."""
         counts = self.rows.setdefault((row, goal), [0, 0])
         counts[0], counts[1] = counts[0] + int(hits), counts[1] + of
 
+    def measure(self, row: str, goal: str, what: str) -> None:
+        """Something that isn't counted."""
+        self.rows[row, goal] = what
+
     def __str__(self) -> str:
-        rows = [
-            f"| {row} | {hits} of {of} | {100 * hits / max(of, 1):.1f} % | {goal} |"
-            for (row, goal), (hits, of) in self.rows.items()
-        ]
+        rows = []
+        for (row, goal), counts in self.rows.items():
+            shown = f"{counts} | "
+            if not isinstance(counts, str):
+                hits, of = counts
+                shown = f"{hits} of {of} | {100 * hits / max(of, 1):.1f} %"
+            rows.append(f"| {row} | {shown} | {goal} |")
         return "\n".join(["| what | count | share | goal |", "| --- | --- | --- | --- |", *rows])
 
 
-def score_text(tally: Tally, how: str, asked: Asked, tokens: np.ndarray, tokenizer) -> bool:
+def score_text(
+    tally: Tally, how: str, asked: Asked, tokens: np.ndarray, tokenizer, goal: str = "98 %"
+) -> bool:
     """Does the text stream [F] answer what was asked?"""
     first, last = asked.end // FRAME, asked.until // FRAME
     onsets = first + np.flatnonzero(~np.isin(tokens[first:last], (PAD, EPAD)))
     words = words_said(tokens[first:last], tokenizer)
     good = is_right(asked, words, int(onsets[-1]) if len(onsets) else None)
-    tally.add(f"text of the answer exactly right, {how}", "98 %", good)
+    tally.add(f"text of the answer exactly right, {how}", goal, good)
     tally.add(f"... {asked.kind}, {how}", "", good)
     if not good:
         print(f"{how}: asked {asked.turn.question!r}, said {' '.join(words)!r}", file=sys.stderr)
@@ -228,7 +296,7 @@ def score_words(
     """
     for answer, sound in right:
         words = answer.split()
-        plain = espeak.say(answer, MOSHI_VOICE, MOSHI_SPEED, MOSHI_PITCH)[0] / 32768
+        plain = moshi_says(espeak, answer)
         clear = recogniser.heard(plain, words)
         row = "words of right answers that the recogniser hears when espeak-ng says them"
         tally.add(row, "", clear.sum(), len(words))
@@ -243,7 +311,7 @@ def codec_alone(espeak: Espeak, recogniser: Recogniser) -> dict[int, tuple[int, 
     """{codebooks: (words of Moshi's sentences heard when coded with so many, of those heard anyway)}."""
     mimi, found = finished_codec(), {number: [0, 0] for number in (8, 4, 2, 1)}
     for text in sorted(all_answers()):
-        x = espeak.say(text, MOSHI_VOICE, MOSHI_SPEED, MOSHI_PITCH)[0] / np.float32(32768)
+        x = moshi_says(espeak, text)
         codes = mimi.encode(torch.from_numpy(np.pad(x, (LEAD * FRAME, TAIL * FRAME)))[None, None].to(DEVICE))
         clear = recogniser.heard(x, text.split())
         for number, counts in found.items():
@@ -261,25 +329,20 @@ def phones_in_codes(
 
     What is most frequent is counted on every other sentence, and told on those between; silence is left out.
     """
-    mimi, names, frames = finished_codec(), ["_"], ([], [])
+    mimi, frames = finished_codec(), ([], [])
     for i in range(sentences):
         turn = pick(rng, all_turns()[pick(rng, ["sum", "difference", "count", "talk"])])
-        x, _, phones = espeak.say(
-            turn.question,
-            pick(rng, VOICES),
-            int(pick(rng, HELD_OUT_SPEEDS)),
-            int(pick(rng, HELD_OUT_PITCHES)),
-        )
-        codes = mimi.encode(torch.from_numpy(x / np.float32(32768))[None, None].to(DEVICE))[0].cpu().numpy()
-        names += sorted({name for _, name in phones} - {*names})
-        starts = np.array([start for start, _ in phones])
-        for f in range(len(x) // FRAME):
-            at = np.searchsorted(starts, (f + 0.25) * FRAME / RATE, side="right") - 1
-            if at >= 0 and not phones[at][1].startswith("_"):
-                frames[i % 2].append((names.index(phones[at][1]), codes[:, f]))
+        speed, pitch = int(rng.choice(HELD_OUT_SPEEDS)), int(rng.choice(HELD_OUT_PITCHES))
+        said = espeak.say(turn.question, f"gmw/{pick(rng, VOICES)}", speed, pitch)
+        x = torch.from_numpy(said.sound / np.float32(32768))[None, None].to(DEVICE)
+        codes = mimi.encode(x)[0].cpu().numpy()
+        for f in range(len(said.sound) // FRAME):
+            phone = said.phones[np.searchsorted(said.starts, (f + 0.25) * FRAME / RATE, side="right") - 1]
+            if phone:
+                frames[i % 2].append((phone, codes[:, f]))
     found = {}
     for k in (0, 1):
-        counts = np.zeros((MIMI.bins, len(names)))
+        counts = np.zeros((MIMI.bins, len(PHONES)))
         for phone, codes in frames[0]:
             counts[codes[k], phone] += 1
         told = counts.argmax(1)
@@ -301,19 +364,97 @@ def score_codec(tally: Tally, espeak: Espeak, recogniser: Recogniser) -> None:
 
 
 def score_silence(tally: Tally) -> None:
-    """Does it say nothing to 80 s of silence?"""
-    tokens, sound = talk([np.zeros(1000 * FRAME, np.float32)], greedy=True)
-    says = (decibels(sound[0], FRAME) > -45) | ~np.isin(tokens[0], (PAD, EPAD))
-    tally.add("frames of silence in which Moshi says something", "none", says.sum(), len(says))
+    """Does it say nothing to 80 s of silence, of noise, of a hum?"""
+    rng, length = random_numbers(12), 1000 * FRAME
+    times = np.arange(length) / RATE
+    tones = sum(np.sin(2 * np.pi * 50 * k * times) / k for k in range(1, 6))
+    sounds = {
+        "silence": np.zeros(length),
+        "noise at -40 dBFS": 0.01 * rng.standard_normal(length),
+        "a hum at -40 dBFS": 0.01 * tones / tones.std(),
+    }
+    tokens, waves = talk([x.astype(np.float32) for x in sounds.values()], greedy=True)
+    for what, text, wave in zip(sounds, tokens, waves):
+        says = (decibels(wave, FRAME) > -45) | ~np.isin(text, (PAD, EPAD))
+        tally.add(f"frames of {what} in which Moshi says something", "none", says.sum(), len(says))
 
 
-def stage_eval(work: Path, conversations: int = 200) -> None:
+# ------------------------------------------------------------------------------------------- who it never met
+
+
+def score_strangers(tally: Tally, moshi: dict[str, int], tokenizer) -> None:
+    """200 questions of each voice of another make."""
+    rng = random_numbers(13)
+    for name, say in strangers(rng).items():
+        exams = [examination(say, moshi, rng, turns=5) for _ in range(40)]
+        text, _ = talk([sound for sound, _ in exams], greedy=True)
+        for (_, those), tokens in zip(exams, text):
+            for asked in those:
+                score_text(tally, f"greedy, {name}", asked, tokens, tokenizer, "85 %")
+
+
+def human_digits(folder: Path) -> list[tuple[str, np.ndarray]]:
+    """[(the digit as a word, sound [T] at 24 kHz), ...] of files named DIGIT_SPEAKER_NUMBER.wav."""
+    found = []
+    for path in sorted(folder.glob("[0-9]_*.wav")):
+        sound, rate = read_wav(path)
+        found.append((NUMBERS[int(path.name[0])], resample(sound, rate, RATE).numpy()))
+    return found
+
+
+@torch.no_grad()
+def score_people(tally: Tally, work: Path, folder: Path, tokenizer) -> None:
+    """Single digits of people: does Moshi say them back? Are they still heard after the codec?"""
+    digits = human_digits(folder)
+    if not digits:
+        print(f"eval: no recordings of people in {folder}; their rows are left out", file=sys.stderr)
+        return
+    for start in range(0, len(digits), 250):
+        some = digits[start : start + 250]
+        text, _ = talk([np.pad(x, (RATE // 2, 5 * RATE // 2)) for _, x in some], greedy=True)
+        for (digit, _), tokens in zip(some, text):
+            said = words_said(tokens, tokenizer)
+            tally.add("digits of people that Moshi says back, greedy", "75 %", said == [digit])
+    recogniser, mimi = Recogniser(work, digits=True), finished_codec()
+    for digit, x in digits:
+        if recogniser.hear(x) != [digit]:
+            continue
+        codes = mimi.encode(torch.from_numpy(np.pad(x, (LEAD * FRAME, TAIL * FRAME)))[None, None].to(DEVICE))
+        for number in (8, 4, 2, 1):
+            y = mimi.decode(codes[:, :number])[0, 0, LEAD * FRAME :].cpu().numpy()
+            row = f"digits of people that the recogniser knows, and after {number} of 8 codebooks too"
+            tally.add(row, "85 %" if number == 8 else "", recogniser.hear(y) == [digit])
+
+
+@torch.no_grad()
+def score_distance(tally: Tally) -> None:
+    """How far the codec's sound is from the original, with fewer and fewer codebooks."""
+    mimi, rng = finished_codec(), random_numbers(14)
+    for name, say in strangers(rng).items():
+        far = {number: [] for number in (8, 4, 2, 1)}
+        for question in ("what is seven plus eight", "please count from three", "how do you do"):
+            x = torch.from_numpy(np.pad(say(question), (LEAD * FRAME, TAIL * FRAME)))[None, None].to(DEVICE)
+            x = F.pad(x, (0, -x.shape[-1] % FRAME))
+            codes = mimi.encode(x)
+            for number, those in far.items():
+                those.append(distance(x.cpu(), mimi.decode(codes[:, :number]).cpu()))
+        shown = ", ".join(f"{np.mean(those):.1f}" for those in far.values())
+        tally.measure(
+            f"distance from {name} with 8, 4, 2 and 1 codebooks [dB]", "0.7 at each doubling", shown
+        )
+
+
+def stage_eval(work: Path, conversations: int = 200, people: Path = PEOPLE) -> None:
     """Talks with the folder and prints what came of it, as a table in Markdown."""
     for name, stage in ((MIMI_FILE, "voice"), (MOSHI_FILE, "lm"), ("config.json", "lm")):
         needed(FOLDER / name, stage)
     espeak, rng, recogniser, tally = Espeak(), random_numbers(8), Recogniser(work), Tally()
-    exams = [examination(espeak, rng) for _ in range(conversations)]
+    moshi = {answer: len(moshi_says(espeak, answer)) for answer in all_answers()}
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(FOLDER / TOKENIZER_FILE))
+    score_strangers(tally, moshi, tokenizer)
+    score_people(tally, work, people, tokenizer)
+    score_distance(tally)
+    exams = [examination(espeak_says(espeak, rng), moshi, rng) for _ in range(conversations)]
     for how in ("greedy", "sampled"):
         text, waves = talk([sound for sound, _ in exams], greedy=how == "greedy")
         marked = [

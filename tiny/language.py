@@ -1,20 +1,24 @@
-"""The stage `lm`: a narrow Moshi learns conversations that are put together from encoded sentences."""
+"""The stages `heard` and `lm`: users' sides of conversations as codes; a Moshi that learns to answer them."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from codec import finished_codec
+from codec import SHARES, finished_codec
 from files import whole_file
-from loop import DEVICE, FOLDER, in_16_bits, pick, progress, random_numbers, train, write_curve
-from moshi_min import MOSHI_FILE, NO_INPUT, Checkpoint, Moshi, MoshiConfig, save_checkpoint
+from heard import Microphone
+from loop import DEVICE, FOLDER, in_16_bits, needed, pick, progress, random_numbers, train, write_curve
+from moshi_min import MOSHI_FILE, NO_INPUT, Checkpoint, Moshi, MoshiConfig, delay, save_checkpoint
 from speech import FRAME, NUMBERS, RATE, Speech, Turn, all_turns
 
 PAD, EPAD = 3, 0  # of the text stream: no new word; a word comes next
@@ -31,7 +35,7 @@ MOSHI = MoshiConfig(
     depformer_dim=128,
     depformer_num_layers=2,
     depformer_num_heads=4,
-    depformer_dim_feedforward=528,
+    depformer_dim_feedforward=264,
 )
 # What config.json says besides the sizes: how to sample, and the silence to put around a recording.
 SETTINGS = {
@@ -39,32 +43,164 @@ SETTINGS = {
     "stt_config": {"audio_silence_prefix_seconds": 0.0, "audio_delay_seconds": 3.0},
 }
 
-# Frames of silence around an utterance when it is encoded. After a question the codes take up to 29 frames to
-# become those of lasting silence again, as the window of both layers runs empty. Whoever cuts them off before
-# trains a model that stops talking a second after each question, at codes that it has never heard. What came
-# before it shows in its codes too, so the silence there is LEAD frames or more.
-LEAD, TAIL = 4, 30
-OWN_TAIL = 8  # Moshi's voice comes from its own codes, and returns to silence when it says so
+LEAD, OWN_TAIL = 4, 8  # frames of silence before and after a sentence of Moshi when it is encoded
 FRAMES = 160  # of a training conversation, 12.8 s
+LONG = 2 * FRAMES  # of a user's side of one, from which they are cut
 ANSWER_AFTER, STOP_AFTER = 3, 3  # frames from the end of the user's words to Moshi's first, or to its silence
 COUNT_EVERY = 9  # frames from a number to the next, more where it is long
+KINDS = {
+    "sum": 0.31,
+    "difference": 0.23,
+    "count": 0.16,
+    "talk": 0.12,
+    "digit": 0.15,
+    "stop": 0.03,
+}  # of turns
+
+# ------------------------------------------------------------------------------------------ the user's side
 
 
-class Encoded:
-    """All utterances as codes, and what a conversation is put together from."""
+class Part(NamedTuple):
+    """A turn in a user's side, in frames of Moshi's: one later than the user's, as in the program."""
+
+    question: str
+    start: int
+    end: int
+    stop: int  # where the word 'stop' ended that broke Moshi's answer off; -1: none
+
+
+class User:
+    """A user's side of a conversation while it is put together: one microphone, voices of all makes."""
+
+    def __init__(self, speech: Speech, by_kind: dict[str, dict[str, list[int]]], rng: np.random.Generator):
+        self.speech, self.by_kind, self.rng = speech, by_kind, rng
+        self.way, self.parts = Microphone(rng), []
+        self.wave, self.speaks = np.zeros((2, LONG * FRAME), np.float32)
+
+    def say(self, kind: str, at: int) -> tuple[str, int]:
+        """Something of this kind from sample `at` on; returns what, and where it ends, in samples."""
+        makes = self.by_kind[kind]
+        shares = np.array([SHARES.get(name, 1.0) for name in makes])
+        i = pick(self.rng, makes[str(self.rng.choice(list(makes), p=shares / shares.sum()))])
+        x = self.way.voice(self.speech[i]) * 10 ** (self.rng.uniform(-3, 3) / 20)
+        x = x[: max(0, len(self.wave) - at)]
+        self.wave[at : at + len(x)] += x
+        self.speaks[at : at + len(x)] = 1
+        return self.speech.texts[i], at + len(x)
+
+    def turn(self, at: int, lengths: dict[str, int]) -> int:
+        """A turn from sample `at` on; returns where its answer will be over, in samples."""
+        rng, kind = self.rng, str(self.rng.choice(list(KINDS), p=list(KINDS.values())))
+        question, finish = self.say(kind, at)
+        start, end, stop = at // FRAME + 1, -(-finish // FRAME) + 1, -1
+        turn = TURNS[question]
+        seconds = lengths.get(turn.answer, 0)
+        if turn.count_from is not None:
+            seconds = COUNT_EVERY * (len(NUMBERS) - turn.count_from)
+        finish = (end + ANSWER_AFTER + seconds) * FRAME
+        broken = end + int(rng.integers(2, 70)) if turn.count_from is not None else LONG
+        if turn.answer and rng.random() < 0.05:
+            broken = end + int(rng.integers(2, 10))
+        if broken * FRAME < finish:
+            _, finish = self.say("stop", broken * FRAME + int(rng.integers(FRAME)))
+            stop = -(-finish // FRAME) + 1
+        self.parts.append(Part(question, start, end, stop))
+        return finish
+
+    def converse(self, lengths: dict[str, int]) -> tuple[np.ndarray, list[Part]]:
+        """A whole side: what the microphone hears [LONG * FRAME], and its turns. Some users say nothing."""
+        rng, at = self.rng, int(self.rng.uniform(0.1, 1.5) * RATE)
+        if rng.random() < 0.1:
+            at = int(rng.uniform(2, 30) * RATE)
+        while at < (LONG - 25) * FRAME:
+            at = self.turn(at, lengths) + int(rng.uniform(0.3, 2.0) * RATE)
+            if rng.random() < 0.08:
+                at += int(rng.uniform(2, 10) * RATE)
+        return self.way.heard(self.wave, self.speaks)[1], self.parts
+
+
+TURNS = {turn.question: turn for those in all_turns().values() for turn in those}
+
+
+def utterances_by_kind(speech: Speech) -> dict[str, dict[str, list[int]]]:
+    """Kind -> make -> its utterances of that kind."""
+    kind_of = {turn.question: kind for kind, those in all_turns().items() for turn in those}
+    found: dict[str, dict[str, list[int]]] = {}
+    for make in speech.makes.keys() - {"moshi"}:
+        for i in speech.makes[make]:
+            found.setdefault(kind_of[speech.texts[i]], {}).setdefault(make, []).append(i)
+    return {kind: dict(sorted(makes.items())) for kind, makes in found.items()}
+
+
+HEARD_FILE = 100  # conversations in a file of work/heard
+
+
+@torch.no_grad()
+def stage_heard(work: Path, files: int = 80, batch: int = 4) -> None:
+    """Users' sides of conversations, encoded: work/heard/NUMBER.npz. Each is another microphone."""
+    mimi, speech = finished_codec(), Speech(work)
+    by_kind = utterances_by_kind(speech)
+    lengths = {speech.texts[i]: -(-len(speech.sounds[i]) // FRAME) for i in speech.makes["moshi"]}
+    (work / "heard").mkdir(exist_ok=True)
+    for number in range(files):
+        path = work / "heard" / f"{number}.npz"
+        progress("heard", number + 1, files)
+        if path.exists():
+            continue
+        codes, parts = [], []
+        for start in range(0, HEARD_FILE, batch):
+            users = [User(speech, by_kind, random_numbers(5, number, start + i)) for i in range(batch)]
+            sides = [user.converse(lengths) for user in users]
+            waves = torch.from_numpy(np.stack([wave for wave, _ in sides])).float()[:, None].to(DEVICE)
+            # In the program Moshi makes a frame before it has heard one: the first is heard twice.
+            codes.append(mimi.encode(waves)[:, :, [0, *range(LONG - 1)]].cpu().numpy().astype(np.int16))
+            parts += [those for _, those in sides]
+        with whole_file(path) as file:
+            np.savez(file, codes=np.concatenate(codes), parts=json.dumps(parts))
+
+
+class Heard:
+    """What `stage_heard` saved: codes [N, 8, LONG], and the turns of each."""
+
+    def __init__(self, work: Path):
+        files = [np.load(path) for path in sorted((work / "heard").glob("*.npz"))]
+        if not files:
+            needed(work / "heard" / "0.npz", "heard")
+        self.codes = np.concatenate([file["codes"] for file in files])
+        self.parts = [
+            [Part(*part) for part in those] for file in files for those in json.loads(str(file["parts"]))
+        ]
+
+    def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, list[Part]]:
+        """The user's codes [8, FRAMES] of a stream that begins, or of one that goes on; the turns in it."""
+        i = int(rng.integers(len(self.codes)))
+        starts = [part.start for part in self.parts[i][1:]]
+        shift = 0
+        if rng.random() < 0.6:
+            shift = (
+                max(0, pick(rng, starts) - int(rng.integers(2, 12))) if starts else int(rng.integers(FRAMES))
+            )
+            shift = min(shift, LONG - FRAMES)
+        turns = [
+            part._replace(start=part.start - shift, end=part.end - shift, stop=max(-1, part.stop - shift))
+            for part in self.parts[i]
+        ]
+        return self.codes[i, :, shift : shift + FRAMES], [turn for turn in turns if turn.start >= 0]
+
+
+# ------------------------------------------------------------------------------------------- Moshi's side
+
+
+class Own:
+    """Moshi's words as codes."""
 
     def __init__(self, speech: Speech, tokenizer: sentencepiece.SentencePieceProcessor):
-        codes, nothing = encode_all(speech)
+        codes, nothing = encode_own(speech)
         self.silence = nothing[:, -1]  # [8], of silence that has lasted long
-        self.start = nothing[:, [0, *range(TAIL)]]  # [8, 31], of a new stream; its first frame goes in twice
-        self.users: dict[str, list] = {}  # question -> [(codes [8, F], frames of it with speech), ...]
-        # Moshi's words: (the word before, the word, is it the last?) -> [(codes [8, F], frames, tokens), ...]
+        # (the word before, the word, is it the last?) -> [(codes [8, F], frames, tokens), ...]
         self.words: dict[tuple[str, str, bool], list] = {}
-        for i, (text, *_) in enumerate(speech.jobs):
-            if i >= speech.own:
-                self.users.setdefault(text, []).append(codes[i])
-            else:
-                self.cut(text.split(), *codes[i], speech.words[i], tokenizer)
+        for i, (sentence, length) in zip(speech.makes["moshi"], codes):
+            self.cut(speech.texts[i].split(), sentence, length, speech.words[i], tokenizer)
 
     def cut(self, words: list[str], codes: np.ndarray, length: int, starts: list[float], tokenizer) -> None:
         """Cuts a sentence of Moshi into its words, each from the frame where it starts to the next one's."""
@@ -84,37 +220,26 @@ def word_keys(words: list[str]) -> list[tuple[str, str, bool]]:
 
 
 @torch.no_grad()
-def encode_all(speech: Speech, batch: int = 32) -> tuple[list[tuple[np.ndarray, int]], np.ndarray]:
-    """[(codes [8, F], frames until the speech ends), ...] of all utterances, and of silence [8, 100]."""
-    mimi, rng, result = finished_codec(), random_numbers(5), [None] * len(speech)
-    order = sorted(range(len(speech)), key=lambda i: len(speech[i]))
-    for start in range(0, len(order), batch):
-        rows, sounds, ends = order[start : start + batch], [], []
-        for i in rows:
-            own = i < speech.own  # starts on a frame; a user starts anywhere, loud or soft
-            offset, gain = (0, 1.0) if own else (int(rng.integers(FRAME)), 10 ** rng.uniform(-0.4, 0.15))
-            sounds.append(np.pad(speech[i] * gain, (offset, 0)))
-            ends.append(-(-len(sounds[-1]) // FRAME))
-        lead = int(rng.integers(LEAD, TAIL))  # the first turn comes soon, the others after long silence
-        wave = np.zeros((len(rows), 1, (lead + max(ends) + TAIL) * FRAME), np.float32)
-        for row, x in enumerate(sounds):
-            wave[row, 0, lead * FRAME : lead * FRAME + len(x)] = x.clip(-1, 1)
-        codes = mimi.encode(torch.from_numpy(wave).to(DEVICE)).cpu().numpy()
-        for row, i in enumerate(rows):
-            tail = OWN_TAIL if i < speech.own else TAIL
-            result[i] = codes[row, :, lead : lead + ends[row] + tail], ends[row]
-        progress("encode", start + len(rows), len(order))
+def encode_own(speech: Speech) -> tuple[list[tuple[np.ndarray, int]], np.ndarray]:
+    """[(codes [8, F], frames until the speech ends), ...] of Moshi's sentences, and of silence [8, 100]."""
+    mimi, result = finished_codec(), []
+    for i in speech.makes["moshi"]:
+        x = speech[i]
+        end = -(-len(x) // FRAME)
+        x = np.pad(x, (LEAD * FRAME, (end + OWN_TAIL) * FRAME - len(x)))
+        codes = mimi.encode(torch.from_numpy(x)[None, None].to(DEVICE))[0].cpu().numpy()
+        result.append((codes[:, LEAD:], end))
     silence = mimi.encode(torch.zeros(1, 1, 100 * FRAME, device=DEVICE))[0].cpu().numpy()
     return result, silence
 
 
 class Streams:
-    """The streams of a conversation while it is put together; at first both speakers are silent."""
+    """Moshi's streams of a conversation while it is put together; at first it is silent."""
 
-    def __init__(self, encoded: Encoded, rng: np.random.Generator):
-        self.encoded, self.rng = encoded, rng
+    def __init__(self, own: Own, rng: np.random.Generator):
+        self.own, self.rng = own, rng
         self.text = np.full(FRAMES, PAD)
-        self.moshi, self.user = (np.tile(encoded.silence[:, None], FRAMES) for _ in range(2))
+        self.moshi = np.tile(own.silence[:, None], FRAMES)
 
     def speak(self, sentence: str, at: int) -> int:
         """Moshi says it; returns the frame where its sound ends.
@@ -124,7 +249,7 @@ class Streams:
         the sentence ends: the model would follow its own voice instead of listening.
         """
         for key in word_keys(sentence.split()):
-            codes, length, tokens = pick(self.rng, self.encoded.words[key])
+            codes, length, tokens = pick(self.rng, self.own.words[key])
             put(self.moshi, codes, at)
             if at <= FRAMES and self.text[at - 1] == PAD:
                 self.text[at - 1] = EPAD
@@ -132,37 +257,21 @@ class Streams:
             at += length
         return at
 
-    def ask(self, question: str, at: int) -> int:
-        """The user says it; returns the frame where its sound ends."""
-        codes, length = pick(self.rng, self.encoded.users[question])
-        put(self.user, codes, at)
-        return at + length
-
     def hush(self, at: int) -> None:
         """From this frame on Moshi is silent."""
         self.text[at:] = PAD
-        self.moshi[:, at:] = self.encoded.silence[:, None]
+        self.moshi[:, at:] = self.own.silence[:, None]
 
-    def count(self, number: int, start: int) -> tuple[int, int | None]:
-        """Moshi counts; returns the frame where that ends, and the one where 'stop' breaks it off, if any."""
-        stop_at, finish = start + int(self.rng.integers(2, 70)), start
-        while number < len(NUMBERS) and start <= min(FRAMES, stop_at + 20):
-            finish = self.speak(NUMBERS[number], start)
-            start += max(COUNT_EVERY, finish - start + 2)
-            number += 1
-        return finish, stop_at if stop_at < finish else None
-
-    def answer(self, turn: Turn, end: int) -> tuple[int, int | None]:
-        """Moshi answers a question that ended at frame `end`; returns the same two as `count`."""
-        start, stop = end + ANSWER_AFTER, None
-        if turn.count_from is not None:
-            return self.count(turn.count_from, start)
-        if not turn.answer:
-            return end, None
-        finish = self.speak(turn.answer, start)
-        if self.rng.random() < 0.05:
-            stop = start + int(self.rng.integers(1, 8))
-        return finish, stop
+    def answer(self, turn: Turn, start: int) -> None:
+        """Moshi's answer from frame `start` on: a sentence, or it counts."""
+        if turn.count_from is None:
+            if turn.answer:
+                self.speak(turn.answer, start)
+            return
+        for number in NUMBERS[turn.count_from :]:
+            if start > FRAMES:
+                return
+            start += max(COUNT_EVERY, self.speak(number, start) - start + 2)
 
 
 def put(stream: np.ndarray, codes: np.ndarray, at: int) -> None:
@@ -170,24 +279,16 @@ def put(stream: np.ndarray, codes: np.ndarray, at: int) -> None:
     stream[:, at : at + codes.shape[1]] = codes[:, : max(0, FRAMES - at)]
 
 
-def conversation(encoded: Encoded, turns: dict[str, list[Turn]], rng: np.random.Generator) -> np.ndarray:
-    """The aligned codes [17, FRAMES] of a few turns in random order, silence between them."""
-    streams = Streams(encoded, rng)
-    if rng.random() < 0.5:  # a stream that begins; in the others they have been talking for a while
-        put(streams.user, encoded.start, 0)
-    at = int(rng.integers(1, 15))
-    if rng.random() < 0.06:
-        at = int(rng.integers(25, 2 * FRAMES))  # also silence for silence
-    while at < FRAMES - 10:
-        turn = pick(rng, turns[rng.choice(list(turns), p=[0.37, 0.27, 0.19, 0.13, 0.04])])
-        end = streams.ask(turn.question, at)
-        finish, stop = streams.answer(turn, end)
-        if stop is not None:
-            end = streams.ask("stop", stop)
-            streams.hush(end + STOP_AFTER)
-            finish = end + STOP_AFTER
-        at = finish + int(rng.integers(4, 20))
-    return np.concatenate([streams.text[None], streams.moshi, streams.user])
+def conversation(own: Own, heard: Heard, rng: np.random.Generator) -> np.ndarray:
+    """The aligned codes [17, FRAMES] of a few turns; what Moshi says is put together anew each time."""
+    user, turns = heard.draw(rng)
+    streams = Streams(own, rng)
+    for part in turns:
+        if part.end + ANSWER_AFTER <= FRAMES:
+            streams.answer(TURNS[part.question], part.end + ANSWER_AFTER)
+        if part.stop >= 0:
+            streams.hush(part.stop + STOP_AFTER)
+    return np.concatenate([streams.text[None], streams.moshi, user])
 
 
 def hide_some(codes: Tensor, rng: np.random.Generator) -> Tensor:
@@ -195,9 +296,12 @@ def hide_some(codes: Tensor, rng: np.random.Generator) -> Tensor:
     batch = len(codes)
     # No single code may decide what was heard: of the user's, some are lost (the semantic ones seldom).
     lost = rng.random((batch, 8, FRAMES)) < np.array([0.05] + 7 * [0.15])[:, None]
-    codes[:, 9:][torch.from_numpy(lost)] = NO_INPUT
+    # The acoustic ones tell whose voice it is, and the model must not trust in knowing it: in half of the
+    # conversations it hears nothing but the semantic ones, in others only the first few besides.
+    lost |= (rng.choice([1, 2, 4, 8], batch, p=[0.5, 0.1, 0.1, 0.3])[:, None] <= np.arange(8))[..., None]
     # Nothing is heard in a tenth of the conversations: there only the text tells the voice what to say.
-    codes[torch.from_numpy(rng.random(batch) < 0.1), 9:] = NO_INPUT
+    lost |= (rng.random(batch) < 0.1)[:, None, None]
+    codes[:, 9:][torch.from_numpy(lost)] = NO_INPUT
     # Its own codes won't always be those of the training either, and one wrong code must not lead it
     # astray. Hence its voice is unknown in a fifth of the conversations, and strewn with codes of other
     # moments in another fifth.
@@ -230,37 +334,50 @@ def make_tokenizer() -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
-def encoded_speech(work: Path, tokenizer: sentencepiece.SentencePieceProcessor) -> Encoded:
-    """All utterances as codes, from work/encoded.pt if they are there."""
-    path = work / "encoded.pt"
-    if path.exists():
-        return torch.load(path, weights_only=False)
-    encoded = Encoded(Speech(work), tokenizer)
-    with whole_file(path) as file:
-        torch.save(encoded, file)
-    return encoded
+def conversation_loss(
+    moshi: Moshi, codes: Tensor, silence: Tensor, rng: np.random.Generator
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`Moshi.loss` on codes [B, 17, F], but the depth decoder, dear as it is, skips most of the silence [8].
+
+    Steps are those of delayed time. Weights: text padding 0.3, the first codebook 10 times the others.
+    """
+    config, own = moshi.config, 1 + moshi.config.dep_q
+    hidden, logits = moshi.temporal(delay(codes, [1 + shift for shift in config.delays], moshi.initial))
+    steps = delay(codes, config.delays, moshi.initial)[:, :own]  # [B, 9, F], what each step makes
+    weights = torch.where((steps[:, 0] == PAD) | (steps[:, 0] == EPAD), 0.3, 1.0)
+    losses = F.cross_entropy(logits.float().transpose(1, 2), steps[:, 0], reduction="none")
+    text = (losses * weights).sum() / weights.sum()
+    quiet = (steps[:, 1:] == silence[:, None]).all(1)  # [B, F]
+    taken = ~quiet | torch.from_numpy(rng.random(quiet.shape) < 0.15).to(quiet.device)
+    tokens = steps.transpose(1, 2)[taken].T  # [9, N]
+    logits = moshi.depth_decoder(hidden[taken], tokens[:-1]).float()  # [8, N, card]
+    targets = tokens[1:]
+    # Nothing is learnt of what is hidden, nor of the token that starts a stream.
+    known = (targets != NO_INPUT) & (targets < config.card)
+    weights = known * torch.tensor([10.0] + 7 * [1.0], device=codes.device)[:, None]
+    losses = F.cross_entropy(logits.transpose(1, 2), targets.where(known, 0), reduction="none")
+    audio = (losses * weights).sum() / weights.sum().clamp(min=1)
+    return text + audio, {"text": text, "audio": audio}
 
 
 LM_LOSSES = ("text", "audio")
 
 
-def stage_lm(work: Path, steps: int = 3200, batch: int = 16) -> None:
+def stage_lm(work: Path, steps: int = 6000, batch: int = 16) -> None:
     """Trains Moshi on conversations: work/lm.pt, then writes the whole checkpoint into the folder."""
-    tokenizer = make_tokenizer()
-    encoded, mimi = encoded_speech(work, tokenizer), finished_codec()
-    turns = {
-        kind: [turn for turn in those if turn.question in encoded.users]
-        for kind, those in all_turns().items()
-    }
+    tokenizer, heard = make_tokenizer(), Heard(work)
+    own, mimi = Own(Speech(work, ("moshi",)), tokenizer), finished_codec()
     torch.manual_seed(6)
     moshi = Moshi(dataclasses.replace(MOSHI, text_card=tokenizer.vocab_size())).to(DEVICE)
     optimizer = torch.optim.AdamW(moshi.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
+    silence = torch.from_numpy(own.silence).to(DEVICE)
 
     def losses(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        rng = random_numbers(7, step)
-        codes = torch.from_numpy(np.stack([conversation(encoded, turns, rng) for _ in range(batch)]))
+        rng = random_numbers(7, 0, step)
+        codes = torch.from_numpy(np.stack([conversation(own, heard, rng) for _ in range(batch)]))
         codes = hide_some(codes, rng).to(DEVICE)
-        return moshi.loss(codes, text_padding_weight=0.3, first_codebook_weight=10.0)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return conversation_loss(moshi, codes, silence, rng)
 
     path, modules = work / "lm.pt", {"moshi": moshi}
     history = train(

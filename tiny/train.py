@@ -1,20 +1,24 @@
 """Makes the checkpoint in this folder, from nothing: `python tiny/train.py [STAGE] [--work FOLDER]`.
 
-A small Moshi in one fixed voice: it adds, subtracts, counts until it is told to stop, and greets.
-Stages, each of which can be run alone. Those that train lose at most 200 steps when interrupted:
+A small Moshi in one fixed voice: it adds, subtracts, says digits back, counts until it is told to stop, and
+greets, whoever speaks. Stages, each of which can be run alone. Interrupted, they lose minutes at most:
 
-    data    espeak-ng speaks: thousands of questions in many voices, all of Moshi's sentences in one
-    codec   a narrow Mimi learns to code them: spectral loss, straight-through gradient, moving-average
-            codebooks, quantizer dropout; its first codebook learns to tell the phones, as the real one
+    data    synthesizers of several makes speak: questions in many voices, all of Moshi's sentences in one
+    ear     the encoder of a narrow Mimi learns to tell the phones, whoever speaks, in noise, by telephone
+    codec   all of Mimi learns to code speech: spectral loss, straight-through gradient, moving-average
+            codebooks, quantizer dropout; its first codebook goes on telling the phones, as the real one
             learns from WavLM
-    voice   what turns codes into sound goes on, mostly with Moshi's voice; the codes stay what they are
-    lm      a narrow Moshi learns conversations, put together from encoded sentences, with `Moshi.loss`
-    eval    talks with the finished folder about what training never drew, and prints a table
+    voice   what turns codes into sound goes on, half with Moshi's voice; the codes stay what they are
+    heard   users' sides of conversations, each through another microphone, become codes
+    lm      a narrow Moshi learns to answer them
+    eval    talks with the finished folder about what training never drew, in voices that it never met,
+            and prints a table
 
-This file is the command. The stages are in speech.py, codec.py (two of them), language.py and evaluate.py;
-loop.py is what they share, the training loop above all.
+This file is the command. The stages are in speech.py, codec.py (three of them), language.py (two) and
+evaluate.py; voices.py are the synthesizers, heard.py the microphones, loop.py the training loop.
 
-It needs espeak-ng (Debian and Ubuntu: `apt-get install espeak-ng`); `eval` also `pip install pocketsphinx`.
+It needs espeak-ng, and with it alone it understands nothing else. The first stage says which of the other
+synthesizers are missing, and how to install them; tiny/requirements.txt has what comes from PyPI.
 """
 
 from __future__ import annotations
@@ -27,13 +31,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the three files are
 
-from codec import stage_codec, stage_voice  # noqa: E402
+from codec import stage_codec, stage_ear, stage_voice  # noqa: E402
 from evaluate import stage_eval  # noqa: E402
-from language import stage_lm  # noqa: E402
+from language import stage_heard, stage_lm  # noqa: E402
 from loop import FOLDER  # noqa: E402
 from speech import stage_data  # noqa: E402
 
-STAGES = {"data": stage_data, "codec": stage_codec, "voice": stage_voice, "lm": stage_lm, "eval": stage_eval}
+STAGES = {
+    "data": stage_data,
+    "ear": stage_ear,
+    "codec": stage_codec,
+    "voice": stage_voice,
+    "heard": stage_heard,
+    "lm": stage_lm,
+    "eval": stage_eval,
+}
 
 
 def main() -> None:
