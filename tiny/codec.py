@@ -269,7 +269,8 @@ class Bands(nn.Module):
     """The levels of 40 bands every 10 ms, eight times a frame: what the ear shall hear besides phones.
 
     They give every frame 320 numbers to learn from, where the phones give four: the convolutions become an
-    ear's filters much sooner. And the codec finds in the latent what it will have to code.
+    ear's filters much sooner. In the codec they are told from what the codebooks gave: each of these finds
+    work from the start, before the decoder can make anything of small differences.
     """
 
     def __init__(self):
@@ -351,7 +352,7 @@ def watch(mimi: Mimi, heads: nn.Module, watched: Speech, quantized: bool = False
 
 
 def codec_step(
-    mimi: Mimi, heads: nn.Module, spectral: SpectralLoss, batch: Clips, number: Tensor
+    mimi: Mimi, heads: nn.Module, bands: Bands, spectral: SpectralLoss, batch: Clips, number: Tensor
 ) -> dict[str, Tensor]:
     """All losses of a batch of clips; `number` [B] of codebooks for each row, below 0: not quantized."""
     sound, clean, phones = (x.to(DEVICE) for x in batch)
@@ -363,6 +364,7 @@ def codec_step(
     acoustic, more, _ = quantize(mimi.quantizer.acoustic, z, rest)
     losses = {"commitment": commitment + more, **phone_loss(heads, vectors, phones)}
     losses["spread"] = spread_loss(mimi.quantizer.acoustic.input_proj(z).transpose(1, 2))
+    losses["bands"] = bands(semantic + acoustic, clean)
     with torch.autocast(DEVICE, torch.bfloat16):
         wave = mimi.from_latent(semantic + acoustic)
     wave = wave.float()
@@ -371,7 +373,7 @@ def codec_step(
     return losses
 
 
-CODEC_LOSSES = ("spectral", "wave", "commitment", "spread", "phone", "right", "new")
+CODEC_LOSSES = ("spectral", "bands", "wave", "commitment", "spread", "phone", "right", "new")
 
 
 def draw_numbers(rng: np.random.Generator, batch: int) -> Tensor:
@@ -384,12 +386,11 @@ def stage_codec(work: Path, steps: int = 5000, batch: int = 8, unquantized: int 
     """Trains all of Mimi: work/codec.pt, then its file there. In the first steps nothing is quantized."""
     speech, watched = Speech(work), Speech(work, ("rms",))
     torch.manual_seed(2)
-    mimi, heads = Mimi(MIMI).to(DEVICE), phone_heads().to(DEVICE)
-    resume(needed(work / "ear.pt", "ear"), mimi=mimi, heads=heads)
-    spectral = SpectralLoss().to(DEVICE)
-    optimizer = torch.optim.AdamW(
-        [*mimi.parameters(), *heads.parameters()], betas=(0.9, 0.98), weight_decay=1e-3
-    )
+    mimi, heads, bands = Mimi(MIMI).to(DEVICE), phone_heads().to(DEVICE), Bands().to(DEVICE)
+    resume(needed(work / "ear.pt", "ear"), mimi=mimi, heads=heads, bands=bands)
+    spectral, modules = SpectralLoss().to(DEVICE), {"mimi": mimi, "heads": heads, "bands": bands}
+    parameters = [parameter for module in modules.values() for parameter in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=1e-3)
 
     def losses(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         rng = random_numbers(3, 1, step)
@@ -400,15 +401,15 @@ def stage_codec(work: Path, steps: int = 5000, batch: int = 8, unquantized: int 
             start_quantizer(mimi.quantizer.semantic, z, spread=False)
             start_quantizer(mimi.quantizer.acoustic, z, spread=True)
         number = draw_numbers(rng, batch) if step >= unquantized else torch.full((batch,), -1, device=DEVICE)
-        parts = codec_step(mimi, heads, spectral, clips(speech, rng, batch, own_share=0.25), number)
-        total = parts["spectral"] + 0.3 * parts["wave"] + parts["phone"]
+        parts = codec_step(mimi, heads, bands, spectral, clips(speech, rng, batch, own_share=0.25), number)
+        total = parts["spectral"] + 0.5 * parts["bands"] + 0.3 * parts["wave"] + parts["phone"]
         if step >= unquantized:
             total = total + 0.1 * parts["commitment"] + 0.05 * parts["spread"]
         if step % 100 == 99 and "rms" in watched.makes:
             parts["new"] = watch(mimi, heads, watched, quantized=step >= unquantized)
         return total, parts
 
-    path, modules = work / "codec.pt", {"mimi": mimi, "heads": heads}
+    path = work / "codec.pt"
     if not path.exists():
         forget(work, "voice.pt", "lm.pt")  # made with another codec
     history = train(

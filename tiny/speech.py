@@ -110,7 +110,7 @@ COUNTS = {
     "flite": 10,
     "festival": 12,
     "joe": 10,
-    "kokoro": 4,
+    "kokoro": 3,
 }  # files of each
 
 
