@@ -61,6 +61,19 @@ def test_hear(tmp_path, capsys):
     assert torch.allclose(read_wav(tmp_path / "question-all.wav")[0], torch.cat(row), atol=1e-4)
 
 
+def test_pitch():
+    """Of a tone like a voice it is that of its harmonics, of noise and silence none; losses are counted."""
+    times = torch.arange(lab.RATE) / lab.RATE
+    low, high = (sum(torch.sin(2 * torch.pi * f * k * times) / k for k in range(1, 6)) for f in (100, 130))
+    assert (lab.pitch(low) - 100).abs().max() < 1 and (lab.pitch(high) - 130).abs().max() < 1
+    torch.manual_seed(0)
+    noise = torch.randn(lab.RATE)
+    assert not lab.pitch(noise).any() and not lab.pitch(torch.zeros(lab.RATE)).any()
+    first_half = torch.where(times < 0.5, low, noise)
+    assert lab.pitch_lost(low, low) == 0 and lab.pitch_lost(low, high) == 1
+    assert 0.47 < lab.pitch_lost(low, first_half) < 0.53 and lab.pitch_lost(first_half, low) < 0.02
+
+
 def test_hear_counts_the_codebooks_of_the_codec():
     """With 32 codebooks all 32 are heard first, with 5 none that isn't there."""
     for codebooks, numbers in ((32, [32, 8, 4, 2, 1]), (5, [4, 2, 1])):

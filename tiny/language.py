@@ -136,7 +136,7 @@ HEARD_FILE = 100  # conversations in a file of work/heard
 
 
 @torch.no_grad()
-def stage_heard(work: Path, files: int = 80, batch: int = 4) -> None:
+def stage_heard(work: Path, files: int = 60, batch: int = 4) -> None:
     """Users' sides of conversations, encoded: work/heard/NUMBER.npz. Each is another microphone."""
     mimi, speech = finished_codec(), Speech(work)
     by_kind = utterances_by_kind(speech)
@@ -363,7 +363,7 @@ def conversation_loss(
 LM_LOSSES = ("text", "audio")
 
 
-def stage_lm(work: Path, steps: int = 6000, batch: int = 16) -> None:
+def stage_lm(work: Path, steps: int = 3800, batch: int = 8) -> None:
     """Trains Moshi on conversations: work/lm.pt, then writes the whole checkpoint into the folder."""
     tokenizer, heard = make_tokenizer(), Heard(work)
     own, mimi = Own(Speech(work, ("moshi",)), tokenizer), finished_codec()
