@@ -38,8 +38,8 @@ PLACES = (-0.125, 0.125, 0.375, 0.625)  # of the phones that a frame's first cod
 SHARES = {"espeak": 0.25, "flite": 0.08, "festival": 0.12, "joe": 0.27, "kokoro": 0.28}  # of users, by make
 
 
-# Convolutions of few outputs are faster as matrix products, but not where 16 bits are computed with.
-CausalConv1d.matmul_up_to = 0
+# Where gradients are computed, too, matrix products are faster for fewer outputs than otherwise.
+CausalConv1d.matmul_up_to = 512
 
 
 def draw_user(speech: Speech, rng: np.random.Generator) -> int:
@@ -254,7 +254,7 @@ def phone_heads() -> nn.Module:
 
 def phone_loss(heads: nn.Module, vectors: Tensor, phones: Tensor) -> dict[str, Tensor]:
     """vectors [B, F, dim], phones [B, F, places] -> the loss, and what share is told of all but silence."""
-    logits = heads(vectors).float().unflatten(-1, (len(PLACES), -1))
+    logits = heads(vectors).unflatten(-1, (len(PLACES), -1))
     right, spoken = logits.argmax(-1) == phones, phones > 0
     loss = F.cross_entropy(logits.flatten(0, 2), phones.flatten())
     return {"phone": loss, "right": right[spoken].float().mean()}
@@ -285,7 +285,7 @@ class Bands(nn.Module):
             F.pad(sound[:, 0], (136, 136)), 512, 240, window=self.window, center=False, return_complex=True
         )
         levels = (self.mel @ (bins.abs() * 2 / self.window.sum()) + FLOOR).log()  # [B, 40, 8 * F]
-        guess = self.head(latent.transpose(1, 2)).float().unflatten(-1, (8, 40)).flatten(1, 2).transpose(1, 2)
+        guess = self.head(latent.transpose(1, 2)).unflatten(-1, (8, 40)).flatten(1, 2).transpose(1, 2)
         return (levels - guess).abs().mean()
 
 
@@ -317,11 +317,10 @@ def stage_ear(work: Path, steps: int = 4000, batch: int = 10) -> None:
         sound, clean, phones = (
             x.to(DEVICE) for x in clips(speech, random_numbers(3, 0, step), batch, hard=hard)
         )
-        with torch.autocast(DEVICE, torch.bfloat16):
-            latent = mimi.to_latent(sound)
-            vectors = mimi.quantizer.semantic.input_proj(latent).transpose(1, 2)
-            found = phone_loss(heads, vectors, phones)
-            found["bands"] = bands(latent, clean)
+        latent = mimi.to_latent(sound)
+        vectors = mimi.quantizer.semantic.input_proj(latent).transpose(1, 2)
+        found = phone_loss(heads, vectors, phones)
+        found["bands"] = bands(latent, clean)
         if step % 100 == 99 and "rms" in watched.makes:
             found["new"] = watch(mimi, heads, watched)
         return found["phone"] + 0.5 * found["bands"], found
@@ -342,8 +341,7 @@ def watch(mimi: Mimi, heads: nn.Module, watched: Speech, quantized: bool = False
     rng, total = random_numbers(4), []
     for _ in range(2):
         sound, _, phones = clips(watched, rng, 32)
-        with torch.autocast(DEVICE, torch.bfloat16):
-            vectors = semantic_vectors(mimi, sound.to(DEVICE)).float()
+        vectors = semantic_vectors(mimi, sound.to(DEVICE))
         if quantized:
             (codebook,) = mimi.quantizer.semantic.codebooks
             vectors = codebook.decode(codebook.encode(vectors))
@@ -356,18 +354,14 @@ def codec_step(
 ) -> dict[str, Tensor]:
     """All losses of a batch of clips; `number` [B] of codebooks for each row, below 0: not quantized."""
     sound, clean, phones = (x.to(DEVICE) for x in batch)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        z = mimi.to_latent(sound)
-    z = z.float()
+    z = mimi.to_latent(sound)
     semantic, commitment, vectors = quantize(mimi.quantizer.semantic, z, number.clamp(max=1))
     rest = torch.where(number < 0, number, (number - 1).clamp(min=0))
     acoustic, more, _ = quantize(mimi.quantizer.acoustic, z, rest)
     losses = {"commitment": commitment + more, **phone_loss(heads, vectors, phones)}
     losses["spread"] = spread_loss(mimi.quantizer.acoustic.input_proj(z).transpose(1, 2))
     losses["bands"] = bands(semantic + acoustic, clean)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        wave = mimi.from_latent(semantic + acoustic)
-    wave = wave.float()
+    wave = mimi.from_latent(semantic + acoustic)
     losses["spectral"] = spectral(clean, wave)
     losses["wave"] = (clean - wave).abs().mean()
     return losses
@@ -441,10 +435,8 @@ def stage_voice(work: Path, steps: int = 600, batch: int = 4) -> None:
     def losses(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         rng = random_numbers(9, step)
         sound, clean, _ = (x.to(DEVICE) for x in clips(speech, rng, batch, own_share=0.5))
-        with torch.autocast(DEVICE, torch.bfloat16):
-            codes = mimi.encode(sound)[:, : rng.choice([1, 2, 4, 8], p=[0.1, 0.1, 0.1, 0.7])]
-            wave = mimi.from_latent(mimi.quantizer.decode(codes))
-        loss = spectral(clean, wave.float())
+        codes = mimi.encode(sound)[:, : rng.choice([1, 2, 4, 8], p=[0.1, 0.1, 0.1, 0.7])]
+        loss = spectral(clean, mimi.from_latent(mimi.quantizer.decode(codes)))
         return loss, {"spectral": loss}
 
     columns = ("spectral",)
