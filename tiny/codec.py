@@ -292,7 +292,7 @@ class Bands(nn.Module):
 EAR_LOSSES = ("bands", "phone", "right", "new")
 
 
-def stage_ear(work: Path, steps: int = 4000, batch: int = 10) -> None:
+def stage_ear(work: Path, steps: int = 3000, batch: int = 10) -> None:
     """The encoder learns to hear phones and bands, whoever speaks: work/ear.pt.
 
     In the curve `right` are the phones told, and `new` those of flite's rms, which is never trained.
@@ -418,7 +418,7 @@ def stage_codec(work: Path, steps: int = 4500, batch: int = 4, unquantized: int 
     print(f"codec: {path} is at step {steps} -> {work / MIMI_FILE}")
 
 
-def stage_voice(work: Path, steps: int = 600, batch: int = 4) -> None:
+def stage_voice(work: Path, steps: int = 800, batch: int = 4) -> None:
     """The decoder goes on, mostly with Moshi's voice, while all that makes the codes stays: work/voice.pt."""
     speech, spectral, path = Speech(work), SpectralLoss().to(DEVICE), work / "voice.pt"
     mimi = load_mimi(needed(work / MIMI_FILE, "codec"), MIMI, 8, DEVICE)
