@@ -18,6 +18,7 @@ from codec import SHARES, finished_codec
 from files import whole_file
 from heard import Microphone
 from loop import DEVICE, FOLDER, in_16_bits, needed, pick, progress, random_numbers, train, write_curve
+from mimi_min import init_state
 from moshi_min import MOSHI_FILE, NO_INPUT, Checkpoint, Moshi, MoshiConfig, delay, save_checkpoint
 from speech import FRAME, NUMBERS, RATE, Speech, Turn, all_turns
 
@@ -136,7 +137,7 @@ HEARD_FILE = 100  # conversations in a file of work/heard
 
 
 @torch.no_grad()
-def stage_heard(work: Path, files: int = 60, batch: int = 4) -> None:
+def stage_heard(work: Path, files: int = 40, batch: int = 4) -> None:
     """Users' sides of conversations, encoded: work/heard/NUMBER.npz. Each is another microphone."""
     mimi, speech = finished_codec(), Speech(work)
     by_kind = utterances_by_kind(speech)
@@ -147,16 +148,19 @@ def stage_heard(work: Path, files: int = 60, batch: int = 4) -> None:
         progress("heard", number + 1, files)
         if path.exists():
             continue
-        codes, parts = [], []
+        encoded, parts = [], []
         for start in range(0, HEARD_FILE, batch):
             users = [User(speech, by_kind, random_numbers(5, number, start + i)) for i in range(batch)]
             sides = [user.converse(lengths) for user in users]
             waves = torch.from_numpy(np.stack([wave for wave, _ in sides])).float()[:, None].to(DEVICE)
+            # As a stream: what so short a chunk needs stays in the cache, which takes two thirds of the time.
+            state, chunks = init_state(mimi, batch), waves.split(16 * FRAME, dim=-1)
+            codes = torch.cat([mimi.encode(chunk, state) for chunk in chunks], dim=-1).cpu().numpy()
             # In the program Moshi makes a frame before it has heard one: the first is heard twice.
-            codes.append(mimi.encode(waves)[:, :, [0, *range(LONG - 1)]].cpu().numpy().astype(np.int16))
+            encoded.append(codes[:, :, [0, *range(LONG - 1)]].astype(np.int16))
             parts += [those for _, those in sides]
         with whole_file(path) as file:
-            np.savez(file, codes=np.concatenate(codes), parts=json.dumps(parts))
+            np.savez(file, codes=np.concatenate(encoded), parts=json.dumps(parts))
 
 
 class Heard:
