@@ -41,6 +41,18 @@ def test_says_it(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("beeps: 0.6 s -> ")
 
 
+def test_says_any_text(tmp_path, monkeypatch, capsys):
+    """Several sentences are one; quotes end nothing; nothing to say is said."""
+    monkeypatch.setattr(say, "MAKES", {"beeps": Beeps})
+    run(monkeypatch, '  Hi "there". What\'s 2? ', "-o", str(tmp_path / "my.wav"))
+    assert len(parse((tmp_path / "my.wav").read_bytes())) == 12000 + 100 * len("Hi there What's 2")
+    for nothing in ("", " ?! "):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, nothing, "-o", str(tmp_path / "other.wav"))
+        assert "nothing to say" in capsys.readouterr().err
+    assert not (tmp_path / "other.wav").exists()
+
+
 def test_says_what_is_missing(tmp_path, monkeypatch):
     """Without any, or without the one that is wanted, it says how to install it and writes nothing."""
     monkeypatch.setattr(say, "MAKES", {"none": missing, "beeps": Beeps})

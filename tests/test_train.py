@@ -3,6 +3,7 @@
 import ctypes.util
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -43,7 +44,7 @@ def test_stages_say_what_they_need(folder, tmp_path):
         (codec.stage_voice, "data"),
         (language.stage_heard, "voice"),
         (language.stage_lm, "heard"),
-        (evaluate.stage_eval, "voice"),
+        (evaluate.stage_eval, "lm"),
     ):
         with pytest.raises(SystemExit, match=f"first run: python tiny/train.py {word}"):
             stage(tmp_path)
@@ -60,6 +61,48 @@ def test_the_command(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert "{data,ear,codec,voice,heard,lm,eval,all}" in run.stdout and "Each stage" not in run.stderr
+
+
+def test_what_a_new_codec_makes_invalid(tmp_path):
+    """Another ear or codec takes all with it that hangs on its codes; another decoder does not."""
+    (tmp_path / "heard").mkdir()
+    made = [tmp_path / name.replace("*", "7") for name in ("ear.pt", *codec.AFTER_CODEC)]
+    for path in made:
+        path.touch()
+    loop.forget(tmp_path, *codec.AFTER_CODEC)
+    assert [path.name for path in made if path.exists()] == ["ear.pt"]
+
+
+def test_a_training_that_is_not_over_is_no_start(tmp_path):
+    """A later stage takes a training's file only if that came to its end."""
+    with pytest.raises(SystemExit, match="first run: python tiny/train.py ear"):
+        loop.finished(tmp_path / "ear.pt", "ear")
+    with pytest.raises(Interrupted):
+        train_a_line(tmp_path / "ear.pt", stop=300)
+    with pytest.raises(SystemExit, match="is at 200 of 450 steps; first go on: python tiny/train.py ear"):
+        loop.finished(tmp_path / "ear.pt", "ear")
+    train_a_line(tmp_path / "ear.pt")
+    assert loop.finished(tmp_path / "ear.pt", "ear") == tmp_path / "ear.pt"
+
+
+def test_other_sentences_want_other_recordings(tmp_path, monkeypatch):
+    """Recordings of sentences that are no more said are not taken for those that are."""
+    (tmp_path / "speech").mkdir()
+    said = voices.Spoken(np.ones(10, np.int16), [0.0], [0])
+    speech.save_chunk(tmp_path / "speech" / "moshi-0.npz", ["one"], [said])
+    with pytest.raises(SystemExit, match="the sentences are no more those of .*; remove"):
+        speech.stage_data(tmp_path)
+
+
+@pytest.mark.skipif(not shutil.which("festival"), reason="festival is not installed")
+def test_festival_without_that_voice():
+    """It is told, and not waited for."""
+    try:
+        festival = voices.Festival()
+    except SystemExit as missing:
+        pytest.skip(str(missing))
+    with pytest.raises(SystemExit, match="festival has no voice nobody"):
+        festival.say("hello", "nobody", 1.0, 100)
 
 
 class Interrupted(Exception):
@@ -603,9 +646,9 @@ def test_codes_stand_where_the_sound_is():
     loud = np.flatnonzero(np.abs(data) > 300)
     made = speech_of([data[loud[0] : loud[-1] + 1]])
     made.makes = {"moshi": [0]}
-    ((codes, length),), silence = language.encode_own(made)
+    mimi = evaluate.shipped_codec()
+    ((codes, length),), silence = language.encode_own(made, mimi)
     assert length == -(-len(made.sounds[0]) // 1920) and codes.shape == (8, length + language.OWN_TAIL)
-    mimi = codec.finished_codec()
     level = evaluate.decibels(mimi.decode(torch.from_numpy(codes)[None])[0, 0].detach().numpy(), 1920)
     original = evaluate.decibels(np.pad(made.sounds[0] / 32768, (0, 3840)), 1920)[1 : length - 1].clip(-50)
     fits = [np.abs(level[1 + late : length - 1 + late].clip(-50) - original).mean() for late in (-1, 0, 1)]

@@ -12,7 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heard import Microphone
-from loop import DEVICE, FOLDER, forget, in_16_bits, needed, pick, random_numbers, resume, train, write_curve
+from loop import (
+    DEVICE,
+    FOLDER,
+    finished,
+    forget,
+    in_16_bits,
+    needed,
+    pick,
+    random_numbers,
+    resume,
+    train,
+    write_curve,
+)
 from mimi_min import CausalConv1d, Mimi, MimiConfig, load_mimi, save_mimi
 from moshi_min import MIMI_FILE
 from speech import FRAME, RATE, Speech
@@ -38,7 +50,7 @@ PLACES = (-0.125, 0.125, 0.375, 0.625)  # of the phones that a frame's first cod
 SHARES = {"espeak": 0.25, "flite": 0.08, "festival": 0.12, "joe": 0.27, "kokoro": 0.28}  # of users, by make
 
 
-# Where gradients are computed, too, matrix products are faster for fewer outputs than otherwise.
+# In training a convolution is the faster way from 512 outputs on already, not from 2,048.
 CausalConv1d.matmul_up_to = 512
 
 
@@ -151,7 +163,7 @@ def start_weights(mimi: Mimi) -> None:
     mimi.decoder[-1].conv.weight.mul_(1 / 12)
     mimi.decoder[-1].conv.bias.zero_()
     for name, parameter in mimi.named_parameters():
-        if ".scale" in name:  # of a transformer's updates; two layers need no caution
+        if ".scale" in name:  # of a transformer's updates; so few layers need no caution
             parameter.fill_(0.2)
 
 
@@ -289,6 +301,8 @@ class Bands(nn.Module):
         return (levels - guess).abs().mean()
 
 
+VOICE_FILE = "voice.safetensors"  # in the work folder: the finished codec
+AFTER_CODEC = (MIMI_FILE, "voice.pt", VOICE_FILE, "heard/*.npz", "lm.pt")  # what hangs on its weights
 EAR_LOSSES = ("bands", "phone", "right", "new")
 
 
@@ -327,12 +341,12 @@ def stage_ear(work: Path, steps: int = 3000, batch: int = 10) -> None:
 
     path, modules = work / "ear.pt", {"mimi": mimi, "heads": heads, "bands": bands}
     if not path.exists():
-        forget(work, "codec.pt", "voice.pt", "lm.pt")  # made with another codec
+        forget(work, "codec.pt", *AFTER_CODEC)  # made with another codec
     history = train(
         path, losses, EAR_LOSSES, optimizer, modules, steps, highest=1.5e-3, warmup=100, clip=1.0, every=50
     )
     write_curve(FOLDER / "ear_loss.tsv", EAR_LOSSES, history)
-    print(f"ear: {path} is at step {steps}")
+    print(f"ear: finished -> {path}")
 
 
 @torch.no_grad()
@@ -381,7 +395,7 @@ def stage_codec(work: Path, steps: int = 4500, batch: int = 4, unquantized: int 
     speech, watched = Speech(work), Speech(work, ("rms",))
     torch.manual_seed(2)
     mimi, heads, bands = Mimi(MIMI).to(DEVICE), phone_heads().to(DEVICE), Bands().to(DEVICE)
-    resume(needed(work / "ear.pt", "ear"), mimi=mimi, heads=heads, bands=bands)
+    resume(finished(work / "ear.pt", "ear"), mimi=mimi, heads=heads, bands=bands)
     spectral, modules = SpectralLoss().to(DEVICE), {"mimi": mimi, "heads": heads, "bands": bands}
     parameters = [parameter for module in modules.values() for parameter in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=1e-3)
@@ -405,7 +419,7 @@ def stage_codec(work: Path, steps: int = 4500, batch: int = 4, unquantized: int 
 
     path = work / "codec.pt"
     if not path.exists():
-        forget(work, "voice.pt", "lm.pt")  # made with another codec
+        forget(work, *AFTER_CODEC)  # made with another codec
     history = train(
         path, losses, CODEC_LOSSES, optimizer, modules, steps, highest=1e-3, warmup=100, clip=2.0, every=25
     )
@@ -413,13 +427,13 @@ def stage_codec(work: Path, steps: int = 4500, batch: int = 4, unquantized: int 
         for codebook in quantizer.codebooks:
             codebook.embedding_sum.copy_(codebook.centroids)  # the sums and counts have served
             codebook.cluster_usage.fill_(1)
-    save_mimi(in_16_bits(mimi), work / MIMI_FILE)  # the folder's comes from the stage `voice`
+    save_mimi(in_16_bits(mimi), work / MIMI_FILE)
     write_curve(FOLDER / "codec_loss.tsv", CODEC_LOSSES, history)
-    print(f"codec: {path} is at step {steps} -> {work / MIMI_FILE}")
+    print(f"codec: finished -> {work / MIMI_FILE}")
 
 
 def stage_voice(work: Path, steps: int = 800, batch: int = 4) -> None:
-    """The decoder goes on, mostly with Moshi's voice, while all that makes the codes stays: work/voice.pt."""
+    """The decoder goes on, half with Moshi's voice, while all that makes the codes stays: work/voice.pt."""
     speech, spectral, path = Speech(work), SpectralLoss().to(DEVICE), work / "voice.pt"
     mimi = load_mimi(needed(work / MIMI_FILE, "codec"), MIMI, 8, DEVICE)
     decoding = (
@@ -443,11 +457,11 @@ def stage_voice(work: Path, steps: int = 800, batch: int = 4) -> None:
     history = train(
         path, losses, columns, optimizer, {"mimi": mimi}, steps, highest=5e-4, warmup=40, clip=5.0, every=25
     )
-    save_mimi(in_16_bits(mimi), FOLDER / MIMI_FILE)
+    save_mimi(in_16_bits(mimi), work / VOICE_FILE)
     write_curve(FOLDER / "voice_loss.tsv", columns, history)
-    print(f"voice: {path} is at step {steps} -> {FOLDER / MIMI_FILE}")
+    print(f"voice: finished -> {work / VOICE_FILE}")
 
 
-def finished_codec() -> Mimi:
-    """The codec in the folder, as the stage `voice` left it there."""
-    return load_mimi(needed(FOLDER / MIMI_FILE, "voice"), MIMI, 8, DEVICE)
+def finished_codec(work: Path) -> Mimi:
+    """The codec as the stage `voice` left it."""
+    return load_mimi(needed(work / VOICE_FILE, "voice"), MIMI, 8, DEVICE)

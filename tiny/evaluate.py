@@ -13,11 +13,12 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 
-from codec import MIMI, finished_codec
+from codec import MIMI
 from generate import converse, read_wav, resample
 from language import ANSWER_AFTER, COUNT_EVERY, EPAD, LEAD, PAD
 from lessons.lab import distance
 from loop import DEVICE, FOLDER, needed, pick, progress, random_numbers
+from mimi_min import Mimi, load_mimi
 from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, MoshiGen, load_checkpoint
 from speech import (
     FRAME,
@@ -32,9 +33,9 @@ from speech import (
 )
 from voices import HELD_OUT_PITCHES, HELD_OUT_SPEEDS, PHONES, RATE, Espeak, Festival, Flite
 
-PEOPLE = (
-    FOLDER.parent.parent / "shared" / "human-digits"
-)  # recordings of people; they are not in the repository
+# Recordings of people, which are not in the repository: DIGIT_SPEAKER_NUMBER.wav, 25 of each digit by each of
+# three speakers, from https://github.com/Jakobovski/free-spoken-digit-dataset (CC BY-SA 4.0).
+PEOPLE = FOLDER.parent.parent / "shared" / "human-digits"
 TAIL = 30  # frames of silence after a sentence that only the codec hears
 
 # ------------------------------------------------------------------------------------------ the conversations
@@ -53,11 +54,11 @@ class Asked:
 
 
 def examination(
-    say: Callable[[str], np.ndarray], moshi: dict[str, int], rng: np.random.Generator, turns: int = 3
+    say: Callable[[str], np.ndarray], answers: dict[str, int], rng: np.random.Generator, turns: int = 3
 ) -> tuple[np.ndarray, list[Asked]]:
     """What a user says in a conversation that training never drew: sound [T], and what was asked when.
 
-    `say` speaks a text, [T] in -1..1; `moshi` knows how long each answer takes, in samples.
+    `say` speaks a text, [T] in -1..1; `answers` knows how long each of Moshi's takes, in samples.
     """
     held_out = {
         kind: [turn for turn in those if turn.held_out or kind in ("talk", "digit", "stop")]
@@ -82,7 +83,7 @@ def examination(
             finish = ask("stop", finish + int(rng.uniform(1, min(8, most)) * RATE))
             asked[-1].stop = finish
         elif turn.answer:
-            finish += moshi[turn.answer]
+            finish += answers[turn.answer]
         at = finish + int(rng.uniform(0.9, 2.5) * RATE)
         asked[-1].until = at
     return sound[: at + 2 * RATE], asked
@@ -118,7 +119,9 @@ def strangers(rng: np.random.Generator) -> dict[str, Callable[[str], np.ndarray]
     for name, make, *voice in STRANGERS:
         try:
             found[name] = speaker(make(), *voice)
+            found[name]("yes")  # is this voice there?
         except SystemExit as missing:
+            found.pop(name, None)
             print(f"eval: {name} is left out: {missing}", file=sys.stderr)
     return found
 
@@ -146,6 +149,11 @@ def talk(sounds: list[np.ndarray], greedy: bool) -> tuple[np.ndarray, np.ndarray
     return torch.stack(text, 1).numpy(), torch.cat(wave, 1).numpy()
 
 
+def shipped_codec() -> Mimi:
+    """The codec in the folder."""
+    return load_mimi(FOLDER / MIMI_FILE, MIMI, 8, DEVICE)
+
+
 # ---------------------------------------------------------------------------------------------- what is heard
 
 
@@ -169,8 +177,8 @@ class Recogniser:
             raise SystemExit("pocketsphinx is missing; install it: pip install pocketsphinx") from None
 
         grammar = work / f"{'digits' if digits else 'answers'}.jsgf"
-        talk = [answer.replace("moshi", "mow she") for answer in SMALL_TALK]  # a word that it does not know
-        answers = self.ANSWERS + " | ".join(f"({answer})" for answer in talk)
+        known = [answer.replace("moshi", "mow she") for answer in SMALL_TALK]  # a word that it does not know
+        answers = self.ANSWERS + " | ".join(f"({answer})" for answer in known)
         grammar.write_text(f"{self.GRAMMAR}public <heard> = {self.DIGITS if digits else answers};\n")
         self.decoder = Decoder(jsgf=str(grammar), samprate=16000, loglevel="FATAL")
 
@@ -309,7 +317,7 @@ def score_words(
 @torch.no_grad()
 def codec_alone(espeak: Espeak, recogniser: Recogniser) -> dict[int, tuple[int, int]]:
     """{codebooks: (words of Moshi's sentences heard when coded with so many, of those heard anyway)}."""
-    mimi, found = finished_codec(), {number: [0, 0] for number in (8, 4, 2, 1)}
+    mimi, found = shipped_codec(), {number: [0, 0] for number in (8, 4, 2, 1)}
     for text in sorted(all_answers()):
         x = moshi_says(espeak, text)
         codes = mimi.encode(torch.from_numpy(np.pad(x, (LEAD * FRAME, TAIL * FRAME)))[None, None].to(DEVICE))
@@ -329,7 +337,7 @@ def phones_in_codes(
 
     What is most frequent is counted on every other sentence, and told on those between; silence is left out.
     """
-    mimi, frames = finished_codec(), ([], [])
+    mimi, frames = shipped_codec(), ([], [])
     for i in range(sentences):
         turn = pick(rng, all_turns()[pick(rng, ["sum", "difference", "count", "talk"])])
         speed, pitch = int(rng.choice(HELD_OUT_SPEEDS)), int(rng.choice(HELD_OUT_PITCHES))
@@ -382,11 +390,13 @@ def score_silence(tally: Tally) -> None:
 # ------------------------------------------------------------------------------------------- who it never met
 
 
-def score_strangers(tally: Tally, moshi: dict[str, int], tokenizer) -> None:
+def score_strangers(
+    tally: Tally, voices: dict[str, Callable[[str], np.ndarray]], answers: dict[str, int], tokenizer
+) -> None:
     """200 questions of each voice of another make."""
     rng = random_numbers(13)
-    for name, say in strangers(rng).items():
-        exams = [examination(say, moshi, rng, turns=5) for _ in range(40)]
+    for name, say in voices.items():
+        exams = [examination(say, answers, rng, turns=5) for _ in range(40)]
         text, _ = talk([sound for sound, _ in exams], greedy=True)
         for (_, those), tokens in zip(exams, text):
             for asked in those:
@@ -415,7 +425,7 @@ def score_people(tally: Tally, work: Path, folder: Path, tokenizer) -> None:
         for (digit, _), tokens in zip(some, text):
             said = words_said(tokens, tokenizer)
             tally.add("digits of people that Moshi says back, greedy", "75 %", said == [digit])
-    recogniser, mimi = Recogniser(work, digits=True), finished_codec()
+    recogniser, mimi = Recogniser(work, digits=True), shipped_codec()
     for digit, x in digits:
         if recogniser.hear(x) != [digit]:
             continue
@@ -427,10 +437,10 @@ def score_people(tally: Tally, work: Path, folder: Path, tokenizer) -> None:
 
 
 @torch.no_grad()
-def score_distance(tally: Tally) -> None:
+def score_distance(tally: Tally, voices: dict[str, Callable[[str], np.ndarray]]) -> None:
     """How far the codec's sound is from the original, with fewer and fewer codebooks."""
-    mimi, rng = finished_codec(), random_numbers(14)
-    for name, say in strangers(rng).items():
+    mimi = shipped_codec()
+    for name, say in voices.items():
         far = {number: [] for number in (8, 4, 2, 1)}
         for question in ("what is seven plus eight", "please count from three", "how do you do"):
             x = torch.from_numpy(np.pad(say(question), (LEAD * FRAME, TAIL * FRAME)))[None, None].to(DEVICE)
@@ -446,15 +456,16 @@ def score_distance(tally: Tally) -> None:
 
 def stage_eval(work: Path, conversations: int = 200, people: Path = PEOPLE) -> None:
     """Talks with the folder and prints what came of it, as a table in Markdown."""
-    for name, stage in ((MIMI_FILE, "voice"), (MOSHI_FILE, "lm"), ("config.json", "lm")):
-        needed(FOLDER / name, stage)
+    for name in (MIMI_FILE, MOSHI_FILE, "config.json"):
+        needed(FOLDER / name, "lm")
     espeak, rng, recogniser, tally = Espeak(), random_numbers(8), Recogniser(work), Tally()
-    moshi = {answer: len(moshi_says(espeak, answer)) for answer in all_answers()}
+    answers = {answer: len(moshi_says(espeak, answer)) for answer in all_answers()}
+    voices = strangers(random_numbers(14))
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(FOLDER / TOKENIZER_FILE))
-    score_strangers(tally, moshi, tokenizer)
+    score_strangers(tally, voices, answers, tokenizer)
     score_people(tally, work, people, tokenizer)
-    score_distance(tally)
-    exams = [examination(espeak_says(espeak, rng), moshi, rng) for _ in range(conversations)]
+    score_distance(tally, voices)
+    exams = [examination(espeak_says(espeak, rng), answers, rng) for _ in range(conversations)]
     for how in ("greedy", "sampled"):
         text, waves = talk([sound for sound, _ in exams], greedy=how == "greedy")
         marked = [

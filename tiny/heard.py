@@ -14,9 +14,9 @@ def resampled(x: np.ndarray, factor: float) -> np.ndarray:
     return np.interp(np.arange(0, len(x) - 1, factor), np.arange(len(x)), x)
 
 
-def stretched(x: np.ndarray, factor: float, window: int = 960) -> np.ndarray:
+def stretched(x: np.ndarray, factor: float) -> np.ndarray:
     """Sound [T] longer by `factor` at the same pitch: pieces of 40 ms overlap where they fit best (WSOLA)."""
-    half = window // 2
+    window, half = 960, 480
     shape = np.hanning(window + 1)[:window]
     padded = np.pad(x, (half, 2 * window))
     y = np.zeros(int(len(x) * factor) + 2 * window)
@@ -27,7 +27,7 @@ def stretched(x: np.ndarray, factor: float, window: int = 960) -> np.ndarray:
         piece = padded[low : place + 240 + window]
         if len(piece) < window:
             break
-        score = np.correlate(piece[: len(piece)], before[::1], "valid") if at else np.zeros(1)
+        score = np.correlate(piece, before, "valid") if at else np.zeros(1)
         best = low + int(score.argmax()) if at else place
         y[at : at + window] += shape * padded[best : best + window]
         before = padded[best + half : best + half + window]
@@ -76,7 +76,8 @@ def clicks(rng: np.random.Generator, length: int) -> np.ndarray:
 class Microphone:
     """One way from a mouth to numbers, drawn once: the same for all that somebody says in a conversation.
 
-    `hard` is the share of ways on which anything happens to the sound but that it is louder or softer.
+    `hard` is the share of ways on which anything happens to the sound once it has left the mouth; on the others
+    it is only louder or softer.
     """
 
     def __init__(self, rng: np.random.Generator, hard: float = 1.0):
@@ -116,8 +117,8 @@ class Microphone:
         response = 10 ** (decibels / 20) + 0j
         if rng.random() < 0.4:  # what guards against echoes turns the phases of the lows, and may cut them
             corner, order = rng.uniform(50, 120), rng.integers(1, 5)
-            turned = (1j * hertz - (corner if rng.random() < 0.5 else 0)) / (1j * hertz + corner)
-            response *= turned**order
+            zero = corner if rng.random() < 0.5 else 0  # an all-pass, or a high-pass
+            response *= ((1j * hertz - zero) / (1j * hertz + corner)) ** order
         if rng.random() < 0.4:
             size = int(rng.uniform(0.05, 0.35) * RATE)
             echo = rng.standard_normal(size) * np.exp(-np.arange(size) / size * rng.uniform(3, 9))

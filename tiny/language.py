@@ -17,8 +17,19 @@ from torch import Tensor
 from codec import SHARES, finished_codec
 from files import whole_file
 from heard import Microphone
-from loop import DEVICE, FOLDER, in_16_bits, needed, pick, progress, random_numbers, train, write_curve
-from mimi_min import init_state
+from loop import (
+    DEVICE,
+    FOLDER,
+    forget,
+    in_16_bits,
+    needed,
+    pick,
+    progress,
+    random_numbers,
+    train,
+    write_curve,
+)
+from mimi_min import Mimi, init_state
 from moshi_min import MOSHI_FILE, NO_INPUT, Checkpoint, Moshi, MoshiConfig, delay, save_checkpoint
 from speech import FRAME, NUMBERS, RATE, Speech, Turn, all_turns
 
@@ -95,10 +106,10 @@ class User:
         question, finish = self.say(kind, at)
         start, end, stop = at // FRAME + 1, -(-finish // FRAME) + 1, -1
         turn = TURNS[question]
-        seconds = lengths.get(turn.answer, 0)
+        frames = lengths.get(turn.answer, 0)
         if turn.count_from is not None:
-            seconds = COUNT_EVERY * (len(NUMBERS) - turn.count_from)
-        finish = (end + ANSWER_AFTER + seconds) * FRAME
+            frames = COUNT_EVERY * (len(NUMBERS) - turn.count_from)
+        finish = (end + ANSWER_AFTER + frames) * FRAME
         broken = end + int(rng.integers(2, 70)) if turn.count_from is not None else LONG
         if turn.answer and rng.random() < 0.05:
             broken = end + int(rng.integers(2, 10))
@@ -139,15 +150,16 @@ HEARD_FILE = 100  # conversations in a file of work/heard
 @torch.no_grad()
 def stage_heard(work: Path, files: int = 40, batch: int = 4) -> None:
     """Users' sides of conversations, encoded: work/heard/NUMBER.npz. Each is another microphone."""
-    mimi, speech = finished_codec(), Speech(work)
+    mimi, speech = finished_codec(work), Speech(work)
     by_kind = utterances_by_kind(speech)
     lengths = {speech.texts[i]: -(-len(speech.sounds[i]) // FRAME) for i in speech.makes["moshi"]}
     (work / "heard").mkdir(exist_ok=True)
     for number in range(files):
         path = work / "heard" / f"{number}.npz"
-        progress("heard", number + 1, files)
+        progress("heard", number, files)
         if path.exists():
             continue
+        forget(work, "lm.pt")  # it has not heard these
         encoded, parts = [], []
         for start in range(0, HEARD_FILE, batch):
             users = [User(speech, by_kind, random_numbers(5, number, start + i)) for i in range(batch)]
@@ -198,8 +210,8 @@ class Heard:
 class Own:
     """Moshi's words as codes."""
 
-    def __init__(self, speech: Speech, tokenizer: sentencepiece.SentencePieceProcessor):
-        codes, nothing = encode_own(speech)
+    def __init__(self, speech: Speech, mimi: Mimi, tokenizer: sentencepiece.SentencePieceProcessor):
+        codes, nothing = encode_own(speech, mimi)
         self.silence = nothing[:, -1]  # [8], of silence that has lasted long
         # (the word before, the word, is it the last?) -> [(codes [8, F], frames, tokens), ...]
         self.words: dict[tuple[str, str, bool], list] = {}
@@ -224,9 +236,9 @@ def word_keys(words: list[str]) -> list[tuple[str, str, bool]]:
 
 
 @torch.no_grad()
-def encode_own(speech: Speech) -> tuple[list[tuple[np.ndarray, int]], np.ndarray]:
+def encode_own(speech: Speech, mimi: Mimi) -> tuple[list[tuple[np.ndarray, int]], np.ndarray]:
     """[(codes [8, F], frames until the speech ends), ...] of Moshi's sentences, and of silence [8, 100]."""
-    mimi, result = finished_codec(), []
+    result = []
     for i in speech.makes["moshi"]:
         x = speech[i]
         end = -(-len(x) // FRAME)
@@ -367,10 +379,11 @@ def conversation_loss(
 LM_LOSSES = ("text", "audio")
 
 
-def stage_lm(work: Path, steps: int = 4500, batch: int = 8) -> None:
+def stage_lm(work: Path, steps: int = 3200, batch: int = 8) -> None:
     """Trains Moshi on conversations: work/lm.pt, then writes the whole checkpoint into the folder."""
     tokenizer, heard = make_tokenizer(), Heard(work)
-    own, mimi = Own(Speech(work, ("moshi",)), tokenizer), finished_codec()
+    mimi = finished_codec(work)
+    own = Own(Speech(work, ("moshi",)), mimi, tokenizer)
     torch.manual_seed(6)
     moshi = Moshi(dataclasses.replace(MOSHI, text_card=tokenizer.vocab_size())).to(DEVICE)
     optimizer = torch.optim.AdamW(moshi.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
@@ -389,4 +402,4 @@ def stage_lm(work: Path, steps: int = 4500, batch: int = 8) -> None:
     )
     save_checkpoint(FOLDER, Checkpoint(in_16_bits(moshi), in_16_bits(mimi), tokenizer, SETTINGS))
     write_curve(FOLDER / "lm_loss.tsv", LM_LOSSES, history)
-    print(f"lm: {path} is at step {steps} -> {FOLDER / MOSHI_FILE}")
+    print(f"lm: finished -> {FOLDER / MOSHI_FILE}")

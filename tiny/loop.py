@@ -32,11 +32,11 @@ def pick(rng: np.random.Generator, those: list):
 _started: dict[str, tuple[float, int, float]] = {}
 
 
-def progress(what: str, done: int, total: int, more: str = "", every: float = 20) -> None:
-    """A line on standard error now and then: how far it is and how long it will take."""
+def progress(what: str, done: int, total: int, more: str = "") -> None:
+    """A line on standard error every 20 s: how far it is and how long it will take."""
     now = time.monotonic()
     started, first, shown = _started.get(what, (now, done, 0.0))
-    if now - shown > every or done == total:
+    if now - shown > 20 or done == total:
         left = (now - started) / 60 * (total - done) / max(1, done - first)
         more += f", {left:.1f} min left" if done > first else ""
         print(f"{what}: {done} of {total}{more}", file=sys.stderr, flush=True)
@@ -49,16 +49,26 @@ def progress(what: str, done: int, total: int, more: str = "", every: float = 20
 # ------------------------------------------------------------------------------------------------------ files
 
 
-def forget(work: Path, *names: str) -> None:
+def forget(work: Path, *patterns: str) -> None:
     """Removes work files that what is made now will make invalid."""
-    for name in names:
-        (work / name).unlink(missing_ok=True)
+    for pattern in patterns:
+        for path in work.glob(pattern):
+            path.unlink()
 
 
 def needed(path: Path, stage: str) -> Path:
     """The path, if an earlier stage has made it."""
     if not path.exists():
         raise SystemExit(f"{path} is missing; first run: python tiny/train.py {stage}")
+    return path
+
+
+def finished(path: Path, stage: str) -> Path:
+    """The path of a training's file, if that has come to its end."""
+    saved = torch.load(needed(path, stage), map_location="cpu")
+    if saved["step"] < saved["steps"]:
+        at = f"{saved['step']} of {saved['steps']} steps"
+        raise SystemExit(f"{path} is at {at}; first go on: python tiny/train.py {stage}")
     return path
 
 
@@ -136,5 +146,5 @@ def train(
             more = "".join(f", {key} {value}" for key, value in zip(columns, row))
             progress(path.stem, done, steps, more)
         if done % 200 == 0 or done == steps:
-            save_progress(path, **modules, optimizer=optimizer, step=done, history=history)
+            save_progress(path, **modules, optimizer=optimizer, step=done, steps=steps, history=history)
     return history

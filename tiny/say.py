@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -18,18 +19,19 @@ def main() -> None:
     """Speaks a text with the first synthesizer that is there, or with the one that is named."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text")
-    parser.add_argument(
-        "-o", "--output", type=Path, default=Path("question.wav"), help="default: %(default)s"
-    )
+    parser.add_argument("-o", "--output", type=Path, default=Path("my.wav"), help="default: %(default)s")
     parser.add_argument(
         "--make", choices=list(MAKES), help="of synthesizer; default: the first that is there"
     )
     parser.add_argument("--seed", type=int, default=1, help="another number, another voice")
     args = parser.parse_args()
+    text = " ".join(re.findall(r"[\w']+", args.text))  # a sentence: voices end it as they like
+    if not text:
+        parser.error("nothing to say: give it some words")
     missing = []
     for name in [args.make] if args.make else MAKES:
         try:
-            said = MAKES[name]().draw(args.text, random_numbers(args.seed))
+            said = MAKES[name]().draw(text, random_numbers(args.seed))
         except SystemExit as error:
             missing.append(str(error))
             continue

@@ -70,7 +70,7 @@ class Turn:
 
     @property
     def held_out(self) -> bool:
-        """One phrasing with its numbers in ten is left to `eval`; all talk without numbers is trained."""
+        """One phrasing with its numbers in ten is left to `eval`; single digits and talk are all trained."""
         has_number = any(word in NUMBERS for word in self.question.split()[1:])
         return has_number and zlib.crc32(self.question.encode()) % 10 == 0
 
@@ -128,10 +128,15 @@ def draw_questions(number: int, rng: np.random.Generator) -> list[str]:
     return [pick(rng, questions[kind]) for kind in kinds]
 
 
+def spoken_texts() -> list[str]:
+    """What is said in Moshi's voice."""
+    return sorted(all_answers() | set(NUMBERS))
+
+
 def speak_chunk(make, name: str, number: int) -> tuple[list[str], list[Spoken]]:
     """Texts and utterances of one file."""
     if name == "moshi":
-        texts = sorted(all_answers() | set(NUMBERS))
+        texts = spoken_texts()
         return texts, [make.say(text, MOSHI_VOICE, MOSHI_SPEED, MOSHI_PITCH) for text in texts]
     rng = random_numbers(1, sorted(COUNTS).index(name), number)
     texts = draw_questions(CHUNK, rng)
@@ -154,8 +159,14 @@ def save_chunk(path: Path, texts: list[str], said: list[Spoken]) -> None:
 
 
 def stage_data(work: Path, makes: tuple[str, ...] = tuple(COUNTS)) -> None:
-    """Speaks all sentences and saves them: work/speech/MAKE-NUMBER.npz. Missing makes are left out."""
+    """Speaks all sentences and saves them: work/speech/MAKE-NUMBER.npz. Missing makes are left out.
+
+    The recordings that come with the checkpoint are made anew, in its folder.
+    """
     (work / "speech").mkdir(exist_ok=True)
+    old = work / "speech" / "moshi-0.npz"
+    if old.exists() and json.loads(str(np.load(old)["texts"])) != spoken_texts():
+        raise SystemExit(f"the sentences are no more those of {work / 'speech'}; remove {work} to begin anew")
     make_recordings(Espeak())
     for name in makes:
         try:
@@ -163,7 +174,8 @@ def stage_data(work: Path, makes: tuple[str, ...] = tuple(COUNTS)) -> None:
         except SystemExit as missing:
             if name in ("moshi", "espeak"):
                 raise
-            print(f"data: without {name}, it will understand fewer people: {missing}")
+            cost = "the curves have no `new`" if name == "rms" else "it will understand fewer people"
+            print(f"data: without {name}, {cost}: {missing}")
             continue
         for number in range(COUNTS[name]):
             path = work / "speech" / f"{name}-{number}.npz"
@@ -210,8 +222,9 @@ class Speech:
         for name in makes:
             for path in sorted((work / "speech").glob(f"{name}-*.npz")):
                 self.add(name, np.load(path))
-        if "moshi" in makes and "moshi" not in self.makes:
-            needed(work / "speech" / "moshi-0.npz", "data")
+        for name in ("moshi", "espeak"):  # without the others it goes on
+            if name in makes and name not in self.makes:
+                needed(work / "speech" / f"{name}-0.npz", "data")
 
     def add(self, name: str, file) -> None:
         """The utterances of one file."""
@@ -222,9 +235,6 @@ class Speech:
         self.words += json.loads(str(file["words"]))
         for key, those in (("starts", self.starts), ("phones", self.phones)):
             those += [np.array(one) for one in json.loads(str(file[key]))]
-
-    def __len__(self) -> int:
-        return len(self.texts)
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Utterance i, float32 [T] in -1..1."""

