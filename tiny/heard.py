@@ -76,8 +76,8 @@ def clicks(rng: np.random.Generator, length: int) -> np.ndarray:
 class Microphone:
     """One way from a mouth to numbers, drawn once: the same for all that somebody says in a conversation.
 
-    `hard` is the share of ways on which anything happens to the sound once it has left the mouth: on others it
-    is only louder or softer.
+    `hard` is the share of ways on which anything happens to the sound once it has left the mouth. On others
+    it is only louder or softer.
     """
 
     def __init__(self, rng: np.random.Generator, hard: float = 1.0):
