@@ -240,7 +240,7 @@ class Flite:
 
     def draw(self, text: str, rng: np.random.Generator) -> Spoken:
         """The utterance in a voice that may be trained on."""
-        return self.say(text, str(rng.choice(["kal", "kal16"])), rng.uniform(0.75, 1.4), rng.uniform(80, 150))
+        return self.say(text, str(rng.choice(["kal", "kal16"])), rng.uniform(0.75, 1.4), rng.uniform(80, 230))
 
 
 class Festival:
@@ -297,7 +297,7 @@ class Festival:
 
     def draw(self, text: str, rng: np.random.Generator) -> Spoken:
         """The utterance in a voice that may be trained on."""
-        return self.say(text, str(rng.choice(self.voices)), rng.uniform(0.8, 1.4), rng.uniform(85, 140))
+        return self.say(text, str(rng.choice(self.voices)), rng.uniform(0.8, 1.4), rng.uniform(85, 220))
 
 
 def one_thread(onnxruntime):
