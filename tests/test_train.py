@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 
 import codec
@@ -390,7 +391,7 @@ def test_loss_of_conversations():
     codes[0, 3, 4] = codes[1, 12, 5] = language.NO_INPUT
     silence, rng = torch.full((8,), 8), np.random.default_rng(0)
     codes[:, 1][codes[:, 1] == 8] = 0
-    total, parts = language.conversation_loss(moshi, codes, silence, rng)
+    total, parts = language.conversation_loss(moshi, codes, codes, silence, rng)
     expected, those = moshi.loss(codes, text_padding_weight=0.3, first_codebook_weight=10.0)
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
     assert parts["audio"].item() == pytest.approx(those["audio"].item(), rel=1e-5)
@@ -399,8 +400,28 @@ def test_loss_of_conversations():
     moshi.depth_decoder.forward = lambda hidden, tokens: (
         seen.append(len(hidden)) or torch.zeros(8, len(hidden), 9)
     )
-    language.conversation_loss(moshi, codes, silence, rng)
+    language.conversation_loss(moshi, codes, codes, silence, rng)
     assert 8 <= seen[0] < 16, "four frames of speech and a few of silence, of twelve"
+
+
+def test_what_is_read_wrong_is_learnt_right():
+    """Codes that are hidden or strewn with others in what the model reads stay what they are as targets."""
+    rng = np.random.default_rng(0)
+    codes = torch.randint(0, 200, (12, 17, language.FRAMES))
+    before = codes.clone()
+    given = language.hide_some(codes, rng)
+    assert torch.equal(codes, before) and not torch.equal(given[:, 1:9], codes[:, 1:9])
+    config = dataclasses.replace(language.MOSHI, dim=32, num_layers=1, text_card=200, depformer_dim=32)
+    moshi, silence = language.Moshi(config), torch.full((8,), 8)
+    codes[:, 1:9] = 1
+    given = codes.clone()
+    given[:, 1:9, 3::4] = 5
+    given[:6, 1:9, ::5] = language.NO_INPUT
+    moshi.depth_decoder.forward = lambda hidden, tokens: (
+        50.0 * F.one_hot(torch.ones(8, len(hidden), dtype=torch.long), config.card)
+    )
+    _, parts = language.conversation_loss(moshi, given, codes, silence, rng)
+    assert parts["audio"] < 1e-6
 
 
 def test_moving_average_moves_and_revives():

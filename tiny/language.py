@@ -110,7 +110,7 @@ class User:
         if turn.count_from is not None:
             frames = COUNT_EVERY * (len(NUMBERS) - turn.count_from)
         finish = (end + ANSWER_AFTER + frames) * FRAME
-        broken = end + int(rng.integers(2, 70)) if turn.count_from is not None else LONG
+        broken = end + int(rng.integers(2, 110)) if turn.count_from is not None else LONG
         if turn.answer and rng.random() < 0.05:
             broken = end + int(rng.integers(2, 10))
         if broken * FRAME < finish:
@@ -309,7 +309,7 @@ def conversation(own: Own, heard: Heard, rng: np.random.Generator) -> np.ndarray
 
 def hide_some(codes: Tensor, rng: np.random.Generator) -> Tensor:
     """Conversations [B, 17, FRAMES] as the model gets them in training: some codes lost, others wrong."""
-    batch = len(codes)
+    batch, given = len(codes), codes.clone()
     # No single code may decide what was heard: of the user's, some are lost (the semantic ones seldom).
     lost = rng.random((batch, 8, FRAMES)) < np.array([0.05] + 7 * [0.15])[:, None]
     # The acoustic ones tell whose voice it is, and the model must not trust in knowing it: in half of the
@@ -317,16 +317,16 @@ def hide_some(codes: Tensor, rng: np.random.Generator) -> Tensor:
     lost |= (rng.choice([1, 2, 4, 8], batch, p=[0.5, 0.1, 0.1, 0.3])[:, None] <= np.arange(8))[..., None]
     # Nothing is heard in a tenth of the conversations: there only the text tells the voice what to say.
     lost |= (rng.random(batch) < 0.1)[:, None, None]
-    codes[:, 9:][torch.from_numpy(lost)] = NO_INPUT
+    given[:, 9:][torch.from_numpy(lost)] = NO_INPUT
     # Its own codes won't always be those of the training either, and one wrong code must not lead it
     # astray. Hence its voice is unknown in a fifth of the conversations, and strewn with codes of other
     # moments in another fifth.
     voice, share = codes[:, 1:9], rng.random(batch)
     strewn = (rng.random(voice.shape) < 0.1) & (share < 0.4)[:, None, None]
     others = voice.roll((1, int(rng.integers(1, FRAMES))), (0, 2))
-    codes[:, 1:9] = torch.where(torch.from_numpy(strewn), others, voice)
-    codes[torch.from_numpy(share < 0.2), 1:9] = NO_INPUT
-    return codes
+    given[:, 1:9] = torch.where(torch.from_numpy(strewn), others, voice)
+    given[torch.from_numpy(share < 0.2), 1:9] = NO_INPUT
+    return given
 
 
 def make_tokenizer() -> sentencepiece.SentencePieceProcessor:
@@ -351,25 +351,27 @@ def make_tokenizer() -> sentencepiece.SentencePieceProcessor:
 
 
 def conversation_loss(
-    moshi: Moshi, codes: Tensor, silence: Tensor, rng: np.random.Generator
+    moshi: Moshi, given: Tensor, codes: Tensor, silence: Tensor, rng: np.random.Generator
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`Moshi.loss` on codes [B, 17, F], but the depth decoder, dear as it is, skips most of the silence [8].
 
-    Steps are those of delayed time. Weights: text padding 0.3, the first codebook 10 times the others.
+    What the model reads is `given`, the codes as `hide_some` leaves them. Steps are those of delayed time.
+    Weights: text padding 0.3, the first codebook 10 times the others.
     """
     config, own = moshi.config, 1 + moshi.config.dep_q
-    hidden, logits = moshi.temporal(delay(codes, [1 + shift for shift in config.delays], moshi.initial))
+    hidden, logits = moshi.temporal(delay(given, [1 + shift for shift in config.delays], moshi.initial))
     steps = delay(codes, config.delays, moshi.initial)[:, :own]  # [B, 9, F], what each step makes
+    read = delay(given, config.delays, moshi.initial)[:, :own]  # what of it the depth decoder reads
     weights = torch.where((steps[:, 0] == PAD) | (steps[:, 0] == EPAD), 0.3, 1.0)
     losses = F.cross_entropy(logits.float().transpose(1, 2), steps[:, 0], reduction="none")
     text = (losses * weights).sum() / weights.sum()
     quiet = (steps[:, 1:] == silence[:, None]).all(1)  # [B, F]
     taken = ~quiet | torch.from_numpy(rng.random(quiet.shape) < 0.15).to(quiet.device)
-    tokens = steps.transpose(1, 2)[taken].T  # [9, N]
-    logits = moshi.depth_decoder(hidden[taken], tokens[:-1]).float()  # [8, N, card]
-    targets = tokens[1:]
+    read = read.transpose(1, 2)[taken].T  # [9, N]
+    logits = moshi.depth_decoder(hidden[taken], read[:-1]).float()  # [8, N, card]
+    targets = steps.transpose(1, 2)[taken].T[1:]
     # Nothing is learnt of what is hidden, nor of the token that starts a stream.
-    known = (targets != NO_INPUT) & (targets < config.card)
+    known = (read[1:] != NO_INPUT) & (targets < config.card)
     weights = known * torch.tensor([10.0] + 7 * [1.0], device=codes.device)[:, None]
     losses = F.cross_entropy(logits.transpose(1, 2), targets.where(known, 0), reduction="none")
     audio = (losses * weights).sum() / weights.sum().clamp(min=1)
@@ -392,9 +394,9 @@ def stage_lm(work: Path, steps: int = 4500, batch: int = 8) -> None:
     def losses(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         rng = random_numbers(7, 0, step)
         codes = torch.from_numpy(np.stack([conversation(own, heard, rng) for _ in range(batch)]))
-        codes = hide_some(codes, rng).to(DEVICE)
+        given = hide_some(codes, rng).to(DEVICE)
         with torch.autocast(DEVICE, torch.bfloat16):
-            return conversation_loss(moshi, codes, silence, rng)
+            return conversation_loss(moshi, given, codes.to(DEVICE), silence, rng)
 
     path, modules = work / "lm.pt", {"moshi": moshi}
     history = train(
