@@ -390,7 +390,7 @@ def draw_numbers(rng: np.random.Generator, batch: int) -> Tensor:
     return torch.from_numpy(np.where(rng.random(batch) < 0.125, -1, number)).to(DEVICE)
 
 
-def stage_codec(work: Path, steps: int = 4500, batch: int = 4, unquantized: int = 300) -> None:
+def stage_codec(work: Path, steps: int = 6500, batch: int = 4, unquantized: int = 300) -> None:
     """Trains all of Mimi: work/codec.pt, then its file there. In the first steps nothing is quantized."""
     speech, watched = Speech(work), Speech(work, ("rms",))
     torch.manual_seed(2)

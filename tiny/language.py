@@ -381,7 +381,7 @@ def conversation_loss(
 LM_LOSSES = ("text", "audio")
 
 
-def stage_lm(work: Path, steps: int = 4500, batch: int = 8) -> None:
+def stage_lm(work: Path, steps: int = 7500, batch: int = 8) -> None:
     """Trains Moshi on conversations: work/lm.pt, then writes the whole checkpoint into the folder."""
     tokenizer, heard = make_tokenizer(), Heard(work)
     mimi = finished_codec(work)

@@ -190,7 +190,7 @@ RECORDINGS = {
     "hello.wav": ("gmw/en-US+f4", [(0.4, "hello")]),
     "count.wav": ("gmw/en+f5", [(0.4, "count from three"), (6.2, "stop")]),
     "conversation.wav": (
-        "gmw/en-GB-scotland+f3",
+        "gmw/en-US-nyc+m1",
         [
             (0.4, "good morning"),
             (4.0, "how much is nine minus four"),
