@@ -658,6 +658,11 @@ def test_shares_of_makes():
     drawn = [codec.draw_user(made, np.random.default_rng(seed)) for seed in range(300)]
     expected = codec.SHARES["joe"] / (codec.SHARES["joe"] + codec.SHARES["espeak"])
     assert 0 not in drawn and drawn.count(100) / 300 == pytest.approx(expected, abs=0.1)
+    # In conversations espeak-ng speaks more.
+    spoken = speech_of([np.full(480, 3000, np.int16)] * 2, texts=["hello", "who are you"])
+    user = language.User(spoken, {"talk": {"espeak": [0], "joe": [1]}}, np.random.default_rng(0))
+    said = [user.say("talk", 0)[0] for _ in range(300)]
+    assert said.count("who are you") / 300 == pytest.approx(0.27 / (0.27 + 0.5), abs=0.1)
 
 
 @pytest.mark.skipif(not (ROOT / "tiny" / MIMI_FILE).exists(), reason="tiny/ holds no checkpoint yet")
