@@ -187,7 +187,7 @@ def stage_data(work: Path, makes: tuple[str, ...] = tuple(COUNTS)) -> None:
 # The recordings that come with the checkpoint: the voice, and what it asks when, in seconds.
 RECORDINGS = {
     "question.wav": ("gmw/en-US", [(0.4, "what is seven plus eight")]),
-    "hello.wav": ("gmw/en-US+f4", [(0.4, "hello")]),
+    "hello.wav": ("gmw/en-US+f1", [(0.4, "hello")]),
     "count.wav": ("gmw/en+f5", [(0.4, "count from three"), (6.2, "stop")]),
     "conversation.wav": (
         "gmw/en-US-nyc+m1",
