@@ -637,7 +637,7 @@ def test_clips(monkeypatch):
     made = speech_of(sounds, phones)
     made.makes = {"moshi": [0], "espeak": [1, 2]}
     monkeypatch.setattr(codec, "Microphone", FakeMicrophone)
-    moments = np.array([-0.01, 0.0, 0.1, 0.55, 0.59, 0.6])  # a phone begins at its start, and ends with the sound
+    moments = np.array([-0.01, 0.0, 0.1, 0.55, 0.59, 0.6])  # from its start to the end of the sound
     assert made.phone_at(0, moments).tolist() == [0, 1, 2, 6, 6, 0]
     for slow in (1, 2):
         monkeypatch.setattr(FakeMicrophone, "slow", slow)
