@@ -15,7 +15,7 @@ from test_generate import parse
 
 from evaluate import PEOPLE
 from generate import read_wav, resample
-from lessons.lab import FRAME, PAD, RATE, decibels, recording, talk, tiny, words
+from lessons.lab import FRAME, PAD, RATE, decibels, recording, save_wav, talk, tiny, words
 from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE
 from speech import NUMBERS
 from voices import Flite
@@ -67,6 +67,16 @@ def test_program(tmp_path):
     sound, shipped = (parse((folder / "answer.wav").read_bytes()) for folder in (tmp_path, TINY))
     assert sound.std() > 300 and sound.shape == shipped.shape
     assert abs(sound - shipped).max() < 33, "tiny/answer.wav is another answer"  # of 32,768: rounding
+
+
+def test_a_recording_that_begins_with_a_word(tmp_path):
+    """People trim their recordings; the silence that config.json puts first makes up for that."""
+    sound = recording("hello.wav", 0).flatten()
+    save_wav(tmp_path / "cut.wav", sound[(sound.abs() > 0.02).nonzero()[0, 0] :])
+    for lead, expected in ([], ANSWERS["hello.wav"]), (["--lead-seconds", "0"], ""):
+        command = [sys.executable, ROOT / "generate.py", "cut.wav", "-o", "a.wav", *lead]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0 and run.stdout.split() == expected.split(), (lead, run.stdout, run.stderr)
 
 
 @torch.no_grad()

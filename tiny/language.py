@@ -52,7 +52,7 @@ MOSHI = MoshiConfig(
 # What config.json says besides the sizes: how to sample, and the silence to put around a recording.
 SETTINGS = {
     "lm_gen_config": {"temp": 0.5, "temp_text": 0.4, "top_k": 20, "top_k_text": 5},
-    "stt_config": {"audio_silence_prefix_seconds": 0.0, "audio_delay_seconds": 3.0},
+    "stt_config": {"audio_silence_prefix_seconds": 0.48, "audio_delay_seconds": 3.0},
 }
 
 LEAD, OWN_TAIL = 4, 8  # frames of silence before and after a sentence of Moshi when it is encoded

@@ -6,9 +6,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.colors import to_rgb
 
-from lessons.lab import EPAD, PAD, ROOT, decibels, read_wav, recording, tiny
+from lessons.lab import EPAD, PAD, ROOT, decibels, tiny
 from lessons.pictures.style import HERE, MOSHI, QUIET, TEXT, USER, plt, save
 
 
@@ -16,11 +17,12 @@ def draw(path: Path = HERE / "grid.svg") -> None:
     """Runs the program on the counting conversation and draws what it saved."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / "generate.py", ROOT / "tiny" / "count.wav", "--extra-seconds", "3"]
-        files = ["-o", f"{folder}/a.wav", "--tokens", f"{folder}/run.npz"]
+        files = ["--stereo", "-o", f"{folder}/a.wav", "--tokens", f"{folder}/run.npz"]
         subprocess.run([*command, *files], check=True, capture_output=True)
         codes = np.load(f"{folder}/run.npz")["codes"]
-        voice, _ = read_wav(Path(folder) / "a.wav")
-    loud = [(decibels(sound) > -45).numpy() for sound in (voice, recording("count.wav", 3))]
+        sound = np.frombuffer((Path(folder) / "a.wav").read_bytes()[44:], "<i2") / np.float32(32768)
+    user, voice = torch.from_numpy(sound).view(-1, 2).T
+    loud = [(decibels(side) > -45).numpy() for side in (voice, user)]
     tokenizer = tiny().tokenizer
     # The commonest code of a stream is its silence.
     silence = [np.bincount(row[row >= 0]).argmax() for row in codes]
