@@ -42,10 +42,11 @@ def test_says_it(tmp_path, monkeypatch, capsys):
 
 
 def test_says_any_text(tmp_path, monkeypatch, capsys):
-    """Several sentences are one; quotes end nothing; nothing to say is said."""
+    """Several sentences are one; quotes end nothing; a plus is a word; nothing to say is said."""
     monkeypatch.setattr(say, "MAKES", {"beeps": Beeps})
-    run(monkeypatch, '  Hi "there". What\'s 2? ', "-o", str(tmp_path / "my.wav"))
-    assert len(parse((tmp_path / "my.wav").read_bytes())) == 12000 + 100 * len("Hi there What's 2")
+    for text, said in ('  Hi "there". What\'s 2? ', "Hi there What's 2"), ("2 +3", "2 plus 3"):
+        run(monkeypatch, text, "-o", str(tmp_path / "my.wav"))
+        assert len(parse((tmp_path / "my.wav").read_bytes())) == 12000 + 100 * len(said)
     for nothing in ("", " ?! "):
         with pytest.raises(SystemExit):
             run(monkeypatch, nothing, "-o", str(tmp_path / "other.wav"))

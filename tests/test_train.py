@@ -83,8 +83,10 @@ def test_a_training_that_is_not_over_is_no_start(tmp_path):
         train_a_line(tmp_path / "ear.pt", stop=300)
     with pytest.raises(SystemExit, match="is at 200 of 450 steps; first go on: python tiny/train.py ear"):
         loop.finished(tmp_path / "ear.pt", "ear")
+    assert loop.goes_on(tmp_path / "ear.pt", 450) and loop.goes_on(tmp_path / "no.pt", 1)
     train_a_line(tmp_path / "ear.pt")
     assert loop.finished(tmp_path / "ear.pt", "ear") == tmp_path / "ear.pt"
+    assert not loop.goes_on(tmp_path / "ear.pt", 450) and loop.goes_on(tmp_path / "ear.pt", 451)
 
 
 def test_other_sentences_want_other_recordings(tmp_path, monkeypatch):
@@ -94,6 +96,32 @@ def test_other_sentences_want_other_recordings(tmp_path, monkeypatch):
     speech.save_chunk(tmp_path / "speech" / "moshi-0.npz", ["one"], [said])
     with pytest.raises(SystemExit, match="the sentences are no more those of .*; remove"):
         speech.stage_data(tmp_path)
+
+
+@pytest.mark.skipif(not shutil.which("flite"), reason="flite is not installed")
+def test_flite_without_that_voice():
+    """It is told; flite would speak in another voice, and say nothing of it."""
+    flite = voices.Flite()
+    assert "kal" in flite.there and len(flite.say("hello", "kal", 1.0, 100).sound)
+    with pytest.raises(SystemExit, match="flite has no voice nobody, only .*kal"):
+        flite.say("hello", "nobody", 1.0, 100)
+
+
+def test_a_make_without_its_voices(tmp_path, monkeypatch, capsys):
+    """Data goes on without festival if it has none of the voices that are trained on, and says so."""
+
+    class Silent:
+        def say(self, *job):
+            return voices.Spoken(np.ones(10, np.int16), [0.0], [0])
+
+    festival = voices.Festival.__new__(voices.Festival)
+    festival.voices = []
+    (tmp_path / "speech").mkdir()
+    monkeypatch.setattr(speech, "Espeak", Silent)
+    monkeypatch.setattr(speech, "make_recordings", lambda espeak: None)
+    monkeypatch.setattr(speech, "MAKES", {"festival": lambda: festival})
+    speech.stage_data(tmp_path, makes=("festival",))
+    assert "data: without festival, it will understand fewer people" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not shutil.which("festival"), reason="festival is not installed")

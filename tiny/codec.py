@@ -17,6 +17,7 @@ from loop import (
     FOLDER,
     finished,
     forget,
+    goes_on,
     in_16_bits,
     needed,
     pick,
@@ -340,7 +341,7 @@ def stage_ear(work: Path, steps: int = 3000, batch: int = 10) -> None:
         return found["phone"] + 0.5 * found["bands"], found
 
     path, modules = work / "ear.pt", {"mimi": mimi, "heads": heads, "bands": bands}
-    if not path.exists():
+    if goes_on(path, steps):
         forget(work, "codec.pt", *AFTER_CODEC)  # made with another codec
     history = train(
         path, losses, EAR_LOSSES, optimizer, modules, steps, highest=1.5e-3, warmup=100, clip=1.0, every=50
@@ -418,7 +419,7 @@ def stage_codec(work: Path, steps: int = 6500, batch: int = 4, unquantized: int 
         return total, parts
 
     path = work / "codec.pt"
-    if not path.exists():
+    if goes_on(path, steps):
         forget(work, *AFTER_CODEC)  # made with another codec
     history = train(
         path, losses, CODEC_LOSSES, optimizer, modules, steps, highest=1e-3, warmup=100, clip=2.0, every=25

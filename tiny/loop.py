@@ -72,6 +72,11 @@ def finished(path: Path, stage: str) -> Path:
     return path
 
 
+def goes_on(path: Path, steps: int) -> bool:
+    """Whether this training has anything left to do."""
+    return not path.exists() or torch.load(path, map_location="cpu")["step"] < steps
+
+
 def save_progress(path: Path, **what) -> None:
     """Keeps what a stage needs to go on: state dicts of modules and optimizers, the step, the curve."""
     kept = {key: thing.state_dict() if hasattr(thing, "state_dict") else thing for key, thing in what.items()}

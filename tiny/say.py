@@ -25,7 +25,8 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=1, help="another number, another voice")
     args = parser.parse_args()
-    text = " ".join(re.findall(r"[\w']+", args.text))  # a sentence: voices end it as they like
+    words = re.findall(r"[\w']+", args.text.replace("+", " plus "))
+    text = " ".join(words)  # a sentence: voices end it as they like
     if not text:
         parser.error("nothing to say: give it some words")
     missing = []

@@ -158,6 +158,15 @@ def save_chunk(path: Path, texts: list[str], said: list[Spoken]) -> None:
         )
 
 
+def speak(work: Path, make, name: str) -> None:
+    """What this make says, as far as it hasn't been spoken yet."""
+    for number in range(COUNTS[name]):
+        path = work / "speech" / f"{name}-{number}.npz"
+        if not path.exists():
+            save_chunk(path, *speak_chunk(make, name, number))
+        progress(f"data, {name}", number + 1, COUNTS[name])
+
+
 def stage_data(work: Path, makes: tuple[str, ...] = tuple(COUNTS)) -> None:
     """Speaks all sentences and saves them: work/speech/MAKE-NUMBER.npz. Missing makes are left out.
 
@@ -170,18 +179,12 @@ def stage_data(work: Path, makes: tuple[str, ...] = tuple(COUNTS)) -> None:
     make_recordings(Espeak())
     for name in makes:
         try:
-            make = {"moshi": Espeak, "rms": Flite, **MAKES}[name]()
+            speak(work, {"moshi": Espeak, "rms": Flite, **MAKES}[name](), name)
         except SystemExit as missing:
             if name in ("moshi", "espeak"):
                 raise
             cost = "the curves have no `new`" if name == "rms" else "it will understand fewer people"
             print(f"data: without {name}, {cost}: {missing}")
-            continue
-        for number in range(COUNTS[name]):
-            path = work / "speech" / f"{name}-{number}.npz"
-            if not path.exists():
-                save_chunk(path, *speak_chunk(make, name, number))
-            progress(f"data, {name}", number + 1, COUNTS[name])
 
 
 # The recordings that come with the checkpoint: the voice, and what it asks when, in seconds.

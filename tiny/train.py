@@ -18,8 +18,9 @@ greets, whoever speaks. Stages, each of which can be run alone. Interrupted, the
 This file is the command. The stages are in speech.py, codec.py (three of them), language.py (two) and
 evaluate.py; voices.py are the synthesizers, heard.py the microphones, loop.py the training loop.
 
-It needs espeak-ng, and with it alone it understands nothing else. The first stage says which of the other
-synthesizers are missing, and how to install them; tiny/requirements.txt has what comes from PyPI.
+It needs espeak-ng; a model that has learnt from that alone understands hardly any other voice. The first
+stage says which of the other synthesizers are missing, and how to install them; tiny/requirements.txt has
+what comes from PyPI, pocketsphinx for `eval` too.
 """
 
 from __future__ import annotations

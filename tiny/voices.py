@@ -226,9 +226,13 @@ class Flite:
     def __init__(self):
         if not shutil.which("flite"):
             raise SystemExit("flite is missing; install it: apt-get install flite")
+        found = subprocess.run(["flite", "-lv"], capture_output=True, text=True).stdout
+        self.there = found.partition(":")[2].split()
 
     def say(self, text: str, voice: str, stretch: float, pitch: float) -> Spoken:
         """An utterance in a voice of `flite -lv`, longer by `stretch`, at a mean pitch [Hz]."""
+        if voice not in self.there:  # it would take another, and say nothing
+            raise SystemExit(f"flite has no voice {voice}, only {', '.join(self.there)}")
         with tempfile.NamedTemporaryFile(suffix=".wav") as file:
             sizes = [f"duration_stretch={stretch:.3f}", f"int_f0_target_mean={pitch:.1f}"]
             command = ["flite", "-voice", voice, "-psdur", "--setf", sizes[0], "--setf", sizes[1], "-t", text]
@@ -270,8 +274,6 @@ class Festival:
         ).stdout
         self.there = re.findall(r"\w+", found)
         self.voices = [name for name in ("kal_diphone", "ked_diphone") if name in self.there]
-        if not self.voices:
-            raise SystemExit(f"festival has no voices: apt-get install {self.PACKAGES}")
         self.folder = tempfile.TemporaryDirectory()
         program = Path(self.folder.name) / "go.scm"
         program.write_text(self.PROGRAM)
@@ -297,6 +299,8 @@ class Festival:
 
     def draw(self, text: str, rng: np.random.Generator) -> Spoken:
         """The utterance in a voice that may be trained on."""
+        if not self.voices:
+            raise SystemExit(f"festival has none of its voices: apt-get install {self.PACKAGES}")
         return self.say(text, str(rng.choice(self.voices)), rng.uniform(0.8, 1.4), rng.uniform(85, 220))
 
 
