@@ -27,7 +27,7 @@ from moshi_min import MIMI_FILE, MOSHI_FILE, TOKENIZER_FILE, Moshi, MoshiGen, lo
 
 RAW = (voice(2.0) * 32767).astype("<i2").tobytes()
 BUFFERED = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}  # as users have it
-QUICK = ("--extra-seconds", 0)
+QUICK = ("--lead-seconds", 0, "--extra-seconds", 0)
 
 
 @pytest.fixture
