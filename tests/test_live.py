@@ -3,8 +3,11 @@
 import asyncio
 import io
 import json
+import os
 import re
 import statistics
+import subprocess
+import sys
 import time
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
@@ -555,6 +558,16 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(live, "Model", lambda *_: pytest.fail("a model is loaded"))
     live.main(["--history", str(tmp_path / "run.npz"), "--port", "9"])
     assert served[0]["host"] == "127.0.0.1" and served[0]["port"] == 9
+
+
+def test_without_its_server(tmp_path):
+    """Where aiohttp is missing, one line says how to get it."""
+    (tmp_path / "aiohttp.py").write_text("raise ModuleNotFoundError(\"No module named 'aiohttp'\")")
+    command, there = [sys.executable, ROOT / "tools" / "live.py"], {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(command, env=there, capture_output=True, text=True)
+    assert run.returncode == 1 and not run.stdout
+    expected = "live.py: error: No module named 'aiohttp'; first: pip install -r requirements-live.txt"
+    assert run.stderr == f"{expected} (or: make live)\n"
 
 
 def test_the_page_is_one_file():

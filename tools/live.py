@@ -2,11 +2,9 @@
 
 The page is live.html beside this file, this its server. The model runs in a thread of its own, in the
 project's one loop, `converse`. Between page and server go
-
     -> a frame of the user, 16-bit samples, binary: waits in a queue for the loop
     -> what the page wishes, JSON: becomes the loop's `change` and `texts`, or temperatures
     <- what a frame brought, binary: the length of a JSON text, that text, then Moshi's 16-bit samples
-
 It listens on 127.0.0.1 alone, serves its own page alone, and talks with one visitor at a time.
 """
 
@@ -25,10 +23,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from aiohttp import WSCloseCode, web
 from sentencepiece import SentencePieceProcessor
-from torch import Tensor
 
+try:
+    from aiohttp import WSCloseCode, web
+except ImportError as error:
+    sys.exit(f"live.py: error: {error}; first: pip install -r requirements-live.txt (or: make live)")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from files import plain
 from generate import TINY, SoundWriter, converse
@@ -54,7 +54,7 @@ class Model:
         # A step leaves the text's logits in a place where they can be read; a captured graph does so, too.
         self.text_logits = torch.zeros(moshi.config.text_card, device=device)
 
-        def look(module: torch.nn.Module, inputs: tuple, logits: Tensor) -> None:  # [1, S, text_card]
+        def look(module: torch.nn.Module, inputs: tuple, logits: torch.Tensor) -> None:  # [1, S, text_card]
             self.text_logits.copy_(logits[0, -1])
 
         moshi.text_linear.register_forward_hook(look)
@@ -116,7 +116,7 @@ class Talk:
             else:
                 raise ValueError(f"not a wish: {name}")
 
-    def frames(self) -> Iterator[Tensor]:
+    def frames(self) -> Iterator[torch.Tensor]:
         """The user's frames [1, 1, T] as they come. Between two of them temperatures may change."""
         while (item := self.waiting.get()) is not None and item[0] < LONGEST:
             self.number, self.came = item[0], time.monotonic()
@@ -126,12 +126,12 @@ class Talk:
             self.frame = torch.from_numpy(np.frombuffer(item[1], "<i2") / np.float32(32768))
             yield self.frame[None, None]
 
-    def change(self, codes: Tensor) -> Tensor:
+    def change(self, codes: torch.Tensor) -> torch.Tensor:
         """What Moshi hears of the user's codes [1, K, 1]: not the codebooks that are switched off."""
         switched_on = torch.arange(codes.shape[1], device=codes.device)[:, None] < self.wishes["codebooks"]
         return torch.where(switched_on, codes, NO_INPUT)
 
-    def texts(self) -> Iterator[Tensor]:
+    def texts(self) -> Iterator[torch.Tensor]:
         """The text tokens [1] to be said: those of a sentence, or PAD while Moshi has to be silent."""
         while True:
             otherwise = self.model.pads[0] if self.wishes["silent"] else UNGENERATED
