@@ -666,6 +666,19 @@ def test_signals(good_folder, tmp_path, ending, wait):
     assert left in ([], ["out"]) and (not left or len(list((tmp_path / "out").iterdir())) == 4)
 
 
+def test_a_signal_that_becomes_another_error(monkeypatch, capsys):
+    """Code in C may raise an error of its own when it is interrupted: it is the signal's, no problem."""
+
+    def interrupted(**_):
+        convert.signals.append(signal.SIGTERM)
+        raise ValueError("could not import")
+
+    monkeypatch.setattr(convert, "signals", [])
+    monkeypatch.setattr(convert, "convert", interrupted)
+    monkeypatch.setattr(sys, "argv", ["convert.py", "a", "b"])
+    assert convert.main() == 128 + signal.SIGTERM and capsys.readouterr() == ("", "")
+
+
 def test_disk_full(good_folder, tmp_path, monkeypatch):
     """When writing fails midway, or someone presses Ctrl-C, nothing is left behind."""
 

@@ -124,9 +124,9 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         said = convert(**vars(arguments))
-    except KeyboardInterrupt:
-        return 128 + [*signals, signal.SIGINT][0]
-    except (ValueError, OverflowError, RecursionError, OSError) as error:
+    except (KeyboardInterrupt, ValueError, OverflowError, RecursionError, OSError) as error:
+        if signals or isinstance(error, KeyboardInterrupt):  # code in C may make another error of it
+            return 128 + [*signals, signal.SIGINT][0]
         show(f"convert.py: {plain(error)}\n", sys.stderr)
         return 2
     show(f"{said}\n", sys.stdout)
