@@ -125,7 +125,7 @@ def main() -> int:
     try:
         said = convert(**vars(arguments))
     except (KeyboardInterrupt, ValueError, OverflowError, RecursionError, OSError) as error:
-        if signals or isinstance(error, KeyboardInterrupt):  # code in C may make another error of it
+        if any(signals) or isinstance(error, KeyboardInterrupt):  # code in C may make another error of it
             return 128 + [*signals, signal.SIGINT][0]
         show(f"convert.py: {plain(error)}\n", sys.stderr)
         return 2
