@@ -790,3 +790,6 @@ def test_from_nothing(folder, tmp_path, capsys, monkeypatch):
         "silence is no answer"
     )
     assert "| silent within 0.7 s of the end of 'stop' | 0 of 0 |" in table, "who never spoke has not stopped"
+    for stage, steps, gone in ((codec.stage_codec, 5, "voice.pt"), (codec.stage_ear, 3, "codec.pt")):
+        stage(work, steps=steps, batch=2)  # for longer: what hangs on its codes is no more valid
+        assert not (work / gone).exists() and not (work / "lm.pt").exists()
